@@ -1,0 +1,58 @@
+"""One tensor in a checkpoint: where its bytes are, and how to see a tensor in them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor in a checkpoint file.
+
+    Two entries with equal fields are the same tensor (a tie in the checkpoint); entries whose extents overlap share
+    a storage. Elements are little endian; every offset and size has been checked against the file.
+
+    Attributes:
+        file: Absolute path of the file that holds the bytes.
+        offset: Position of the tensor's first element in the file, in bytes.
+        dtype: Element type as stored.
+        shape: Sizes, in elements.
+        stride: Strides, in elements; never negative.
+    """
+
+    file: str
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the elements, as a contiguous tensor would take them."""
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def extent_bytes(self) -> int:
+        """Bytes in the file from the first element to the end of the last one; 0 for an empty tensor."""
+        if self.numel == 0:
+            return 0
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
+        return (last + 1) * self.dtype.itemsize
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the elements follow each other in row-major order, without gaps."""
+        expected = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if size != 1 and stride != expected:
+                return self.numel == 0
+            expected *= size
+        return True

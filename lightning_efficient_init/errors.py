@@ -1,0 +1,81 @@
+"""The exceptions of this package.
+
+    EfficientInitError
+    ├── CheckpointError                       something is wrong with a checkpoint, or with what was asked of it
+    │   ├── CheckpointNotFoundError           (FileNotFoundError) nothing there, or a folder without weights
+    │   ├── UnsupportedCheckpointError        readable in principle, refused with the reason
+    │   ├── CorruptCheckpointError            truncated, damaged, or its offsets and sizes contradict the file
+    │   ├── UnsafeCheckpointError             its pickle would run code
+    │   ├── CheckpointReadError               (OSError) the operating system failed to read it, after retries
+    │   └── StateDictMismatchError            (RuntimeError) its tensors do not fit the model
+    └── DeferredInitError                     (RuntimeError) deferred construction
+        ├── UnrecordableError                 an operation that cannot be recorded exactly
+        └── DeferredParameterError            a parameter without memory was used as if it had some
+
+Every message says what (the file and the tensor), what was expected, what was found, and what to do next.
+"""
+
+from __future__ import annotations
+
+
+class EfficientInitError(Exception):
+    """Base of all exceptions that this package raises on its own account."""
+
+
+class CheckpointError(EfficientInitError):
+    """Something is wrong with a checkpoint, or with what was asked of it."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is nothing at the path, or a folder without weights."""
+
+
+class UnsupportedCheckpointError(CheckpointError):
+    """The checkpoint is of a kind that is refused, for the reason given."""
+
+
+class CorruptCheckpointError(CheckpointError):
+    """The file is truncated or damaged, or states offsets and sizes that it does not have."""
+
+
+class UnsafeCheckpointError(CheckpointError):
+    """Reading the checkpoint would run code that it brings along."""
+
+
+class CheckpointReadError(CheckpointError, OSError):
+    """The operating system failed to deliver bytes of the file, also when asked again."""
+
+
+class StateDictMismatchError(CheckpointError, RuntimeError):
+    """The checkpoint's tensors do not fit the model.
+
+    Attributes:
+        missing: Names of the model's tensors that the checkpoint lacks.
+        unexpected: Keys of the checkpoint that match nothing in the model.
+        mismatched: Name to (expected shape, found shape) of tensors whose shapes differ.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        missing: tuple[str, ...] = (),
+        unexpected: tuple[str, ...] = (),
+        mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.missing = missing
+        self.unexpected = unexpected
+        self.mismatched = mismatched or {}
+
+
+class DeferredInitError(EfficientInitError, RuntimeError):
+    """Deferred construction could not do what was asked."""
+
+
+class UnrecordableError(DeferredInitError):
+    """An operation under ``deferred_init`` cannot be recorded so that replaying it gives the same values."""
+
+
+class DeferredParameterError(DeferredInitError):
+    """A deferred parameter was used where its values are needed."""
