@@ -17,13 +17,42 @@ Every message says what (the file and the tensor), what was expected, what was f
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from itertools import islice
+
+
+def shorten(names: Iterable[str], most: int = 8) -> str:
+    """Quote the first names, and say how many more there are."""
+    names = list(names)
+    quoted = ", ".join(repr(name) for name in islice(names, most))
+    return quoted if len(names) <= most else f"{quoted} and {len(names) - most} more"
+
 
 class EfficientInitError(Exception):
     """Base of all exceptions that this package raises on its own account."""
 
 
 class CheckpointError(EfficientInitError):
-    """Something is wrong with a checkpoint, or with what was asked of it."""
+    """Something is wrong with a checkpoint, or with what was asked of it.
+
+    Attributes:
+        written: Names of the model's tensors that were already written, wholly or in part, when the error came up;
+            empty as long as the model is as it was.
+    """
+
+    written: tuple[str, ...] = ()
+
+    def add_written(self, names: Sequence[str]) -> None:
+        """Note that these tensors no longer hold what they held before the load."""
+        self.written = tuple(names)
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        if not self.written:
+            return message
+        return (
+            f"{message} {len(self.written)} tensors were already written, wholly or in part: {shorten(self.written)}."
+        )
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):

@@ -1,0 +1,7 @@
+"""Strategies for Fabric."""
+
+from __future__ import annotations
+
+from lightning_efficient_init.fabric.single_device import EfficientSingleDeviceStrategy
+
+__all__ = ["EfficientSingleDeviceStrategy"]

@@ -1,0 +1,109 @@
+"""Which name of the model a checkpoint key stands for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeAlias
+
+from lightning_efficient_init.errors import CheckpointError, shorten
+
+KeyMap: TypeAlias = Mapping[str, str | None] | Callable[[str], str | None]
+
+_WRAPPER_SEGMENTS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_KNOWN_PREFIXES = ("model.", "module.", "_forward_module.", "state_dict.", "net.", "transformer.")
+
+
+def match_keys(checkpoint_keys: Iterable[str], model_keys: Iterable[str], key_map: KeyMap | None) -> dict[str, str]:
+    """Map checkpoint keys to model keys.
+
+    ``torch.compile`` and wrappers leave segments such as ``_orig_mod.`` in names; they never count. If then no key of
+    the checkpoint is a name of the model, a prefix that one side has and the other lacks is taken off, provided that
+    exactly one choice fits.
+
+    Args:
+        checkpoint_keys: Keys as they stand in the checkpoint.
+        model_keys: Names of the model's tensors.
+        key_map: The user's own mapping. A key that a ``Mapping`` lacks keeps its name; ``None`` drops a key.
+
+    Returns:
+        Checkpoint key to model key, for every key that is not dropped. Keys that fit nothing keep their own name.
+
+    Raises:
+        CheckpointError: Several prefixes fit equally well, or two keys end up at one name.
+    """
+    if key_map is not None:
+        return _unique(_apply(checkpoint_keys, key_map))
+    model_names = {_strip_wrappers(key): key for key in model_keys}
+    plain = {key: _strip_wrappers(key) for key in checkpoint_keys}
+    rename = _prefix_change(set(plain.values()), set(model_names))
+    return _unique({key: model_names.get(rename(name), rename(name)) for key, name in plain.items()})
+
+
+def _apply(keys: Iterable[str], key_map: KeyMap) -> dict[str, str]:
+    renamed = {key: key_map.get(key, key) if isinstance(key_map, Mapping) else key_map(key) for key in keys}
+    return {key: name for key, name in renamed.items() if name is not None}
+
+
+def _unique(mapping: dict[str, str]) -> dict[str, str]:
+    seen: dict[str, str] = {}
+    for key, name in mapping.items():
+        if name in seen:
+            raise CheckpointError(
+                f"Two keys of the checkpoint, {seen[name]!r} and {key!r}, stand for the same tensor {name!r} of the "
+                "model. Pass a key_map that maps one of them to None."
+            )
+        seen[name] = key
+    return mapping
+
+
+def _strip_wrappers(key: str) -> str:
+    return _WRAPPER_SEGMENTS.sub("", key)
+
+
+def _prefix_change(found: set[str], wanted: set[str]) -> Callable[[str], str]:
+    """The one change of prefix that turns checkpoint keys into model names; none if any key fits as it is."""
+    if not found or not wanted or found & wanted:
+        return _identity
+    changes = _fitting_changes(found, wanted)
+    if not changes:
+        return _identity
+    if len(changes) > 1:
+        raise CheckpointError(
+            f"No key of the checkpoint ({shorten(sorted(found), 3)}) is a name of the model "
+            f"({shorten(sorted(wanted), 3)}), and several changes of prefix fit: "
+            f"{', '.join(str(change) for change in changes)}. Pass a key_map that says which one is meant."
+        )
+    return changes[0]
+
+
+class _PrefixChange:
+    """Take ``old`` off the front of a key and put ``new`` there."""
+
+    def __init__(self, old: str, new: str) -> None:
+        self.old, self.new = old, new
+
+    def __call__(self, key: str) -> str:
+        return self.new + key[len(self.old) :] if key.startswith(self.old) else key
+
+    def __str__(self) -> str:
+        return f"{self.old!r} -> {self.new!r}"
+
+
+def _identity(key: str) -> str:
+    return key
+
+
+def _fitting_changes(found: set[str], wanted: set[str]) -> list[_PrefixChange]:
+    """Changes that provide the whole model; failing that, known prefixes that provide a part of it."""
+    anchor = min(wanted, key=lambda name: (-name.count("."), name))
+    shorter = {key[: -len(anchor)] for key in found if key.endswith(f".{anchor}")}
+    candidates = [_PrefixChange(prefix, "") for prefix in sorted(shorter)]
+    tail = min(found, key=lambda name: (-name.count("."), name))
+    longer = {name[: -len(tail)] for name in wanted if name.endswith(f".{tail}")}
+    candidates += [_PrefixChange("", prefix) for prefix in sorted(longer)]
+    whole = [change for change in candidates if wanted <= {change(key) for key in found}]
+    if whole:
+        return whole
+    known = [_PrefixChange(prefix, "") for prefix in _KNOWN_PREFIXES] + [_PrefixChange("", p) for p in _KNOWN_PREFIXES]
+    return [change for change in known if wanted & {change(key) for key in found}]

@@ -1,0 +1,173 @@
+"""Entries matched to parameters, and every mismatch found, before a byte of data moves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch.nn import Module
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_efficient_init.checkpoint import CheckpointIndex, Entry, index_checkpoint
+from lightning_efficient_init.errors import StateDictMismatchError
+from lightning_efficient_init.load.bind import Binding, Shape, bind, named_state
+from lightning_efficient_init.load.extents import num_unique_bytes
+from lightning_efficient_init.load.keys import KeyMap, match_keys
+
+_WRAPPED_AS = ("_original_module", "_orig_mod")  # by Fabric, by torch.compile
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadPlan:
+    """What loading a checkpoint into a model would read, made from headers alone.
+
+    Attributes:
+        path: The checkpoint.
+        format: Its format, in words.
+        entries: The model's name for each tensor that will be loaded, to the entry that fills it.
+        missing: Names of the model's tensors that the checkpoint lacks.
+        unexpected: Keys of the checkpoint that match nothing in the model.
+        mismatched: Name to (expected shape, found shape); these are not loaded.
+        binding: The tensors themselves.
+    """
+
+    path: str
+    format: str
+    entries: Mapping[str, Entry]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: Mapping[str, tuple[Shape, Shape]]
+    binding: Binding
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that will be read from the files; what several tensors share counts once."""
+        return num_unique_bytes(self.entries.values())
+
+
+def plan_load(
+    model: Module,
+    path: str | os.PathLike[str],
+    *,
+    strict: bool = True,
+    key_map: KeyMap | None = None,
+    ignore_mismatched: bool = False,
+    weights_only: bool = True,
+) -> LoadPlan:
+    """Plan what ``load_checkpoint`` with the same arguments would do, without doing it.
+
+    Only headers are read, and the model is not touched: it may be deferred, or on the meta device.
+
+    Args:
+        model: The model, plain or wrapped by ``torch.compile``, DDP or Fabric.
+        path: A checkpoint file or folder in any of the formats that ``load_checkpoint`` reads.
+        strict: Whether every tensor of the model must be in the checkpoint, and the other way round.
+        key_map: Checkpoint key to the model's name, as a mapping (keys that it lacks keep their name) or a function;
+            ``None`` drops the key. By default a prefix such as ``model.`` is added or removed if exactly one choice
+            fits.
+        ignore_mismatched: Whether tensors of another shape are left to their initializer instead of being an error.
+        weights_only: Whether the checkpoint's pickle may only hold tensors and plain containers. ``False`` runs
+            whatever code it brings along.
+
+    Raises:
+        StateDictMismatchError: The tensors do not fit; holds all names and shapes.
+        CheckpointError: The checkpoint cannot be read, see ``lightning_efficient_init.errors``.
+    """
+    return plan_index(
+        model,
+        index_checkpoint(path, weights_only=weights_only),
+        strict=strict,
+        key_map=key_map,
+        ignore_mismatched=ignore_mismatched,
+    )
+
+
+def plan_index(
+    model: Module,
+    index: CheckpointIndex,
+    *,
+    strict: bool = True,
+    key_map: KeyMap | None = None,
+    ignore_mismatched: bool = False,
+) -> LoadPlan:
+    """Plan the load of a checkpoint that has been indexed already; see ``plan_load``."""
+    model = unwrap(model)
+    names = match_keys(index.weights, named_state(model), key_map)
+    key_of = {name: key for key, name in names.items()}
+    is_renamed = any(key != name for key, name in names.items())
+    state = {name: index.weights[key] for key, name in names.items()}
+    binding = bind(model, state, None if is_renamed else index.weights_metadata)
+    binding.unexpected = [key_of.get(name, name) for name in binding.unexpected]
+    check(binding, index.path, strict=strict, ignore_mismatched=ignore_mismatched, is_disjoint=bool(state))
+    return LoadPlan(
+        path=index.path,
+        format=index.format,
+        entries=binding.entries,
+        missing=tuple(binding.missing),
+        unexpected=tuple(binding.unexpected),
+        mismatched=binding.mismatched,
+        binding=binding,
+    )
+
+
+def check(
+    binding: Binding, path: str, *, strict: bool, ignore_mismatched: bool = False, is_disjoint: bool = False
+) -> None:
+    """Raise one error with all that does not fit.
+
+    Args:
+        binding: What would be loaded.
+        path: The checkpoint, for the message.
+        strict: Whether missing and unexpected names are errors.
+        ignore_mismatched: Whether shapes may differ.
+        is_disjoint: Whether a checkpoint of which nothing fits is an error even if ``strict`` is off.
+    """
+    problems = []
+    if binding.mismatched and not ignore_mismatched:
+        problems.append("Shapes differ:" + "".join(map(_mismatch_line, binding.mismatched.items())))
+    nothing_fits = is_disjoint and not (binding.entries or binding.values or binding.mismatched or binding.calls)
+    if strict or nothing_fits:
+        if binding.missing:
+            problems.append("Missing in the checkpoint:" + _lines(binding.missing))
+        if binding.unexpected:
+            problems.append("Unexpected in the checkpoint:" + _lines(binding.unexpected))
+    if not problems:
+        return
+    raise StateDictMismatchError(
+        f"{path} does not fit the model.\n" + "\n".join(problems) + f"\n{_remedy(binding, nothing_fits)}",
+        missing=tuple(binding.missing),
+        unexpected=tuple(binding.unexpected),
+        mismatched=dict(binding.mismatched),
+    )
+
+
+def _remedy(binding: Binding, nothing_fits: bool) -> str:
+    if nothing_fits:
+        return "Not one key fits. Pass a key_map that turns checkpoint keys into the model's names."
+    if binding.mismatched:
+        return (
+            "Build the model with the checkpoint's sizes, or pass ignore_mismatched=True to initialize those tensors "
+            "anew, and strict=False if names are missing or unexpected."
+        )
+    return "Pass a key_map if names differ, or strict=False to load what fits and initialize the rest."
+
+
+def _mismatch_line(item: tuple[str, tuple[Shape, Shape]]) -> str:
+    name, (expected, found) = item
+    return f"\n  {name}: the model has {list(expected)}, the checkpoint {list(found)}"
+
+
+def _lines(names: list[str]) -> str:
+    return "".join(f"\n  {name}" for name in names)
+
+
+def unwrap(model: Module) -> Module:
+    """The user's own module inside wrappers of Fabric, ``torch.compile`` and DDP."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif (inner := next((name for name in _WRAPPED_AS if name in model._modules), None)) is not None:
+            model = model.get_submodule(inner)
+        else:
+            return model

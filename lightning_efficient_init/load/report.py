@@ -1,0 +1,114 @@
+"""What a load did, measured."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from lightning_efficient_init.errors import shorten
+
+_PROGRESS_DELAY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What ``load_checkpoint`` did.
+
+    Attributes:
+        loaded: Names of the model's tensors that took their values from the checkpoint.
+        initialized: Names of parameters that ran their own initializer because the checkpoint had no value for them.
+        missing: Names of the model's tensors that the checkpoint lacks.
+        unexpected: Keys of the checkpoint that match nothing in the model.
+        mismatched: Names of tensors that have another shape in the checkpoint.
+        num_bytes: Bytes of tensors read from the files.
+        elapsed_s: Seconds from the call to the last value in place, planning included.
+        peak_host_bytes: Growth of the process's anonymous memory at its highest, sampled; on a CPU this includes the
+            parameters themselves where the load gave them memory. 0 where the system does not tell.
+        peak_device_bytes: Highest memory in use on the model's device during the load, sampled; 0 on a CPU.
+    """
+
+    loaded: tuple[str, ...]
+    initialized: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: tuple[str, ...]
+    num_bytes: int
+    elapsed_s: float
+    peak_host_bytes: int
+    peak_device_bytes: int
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Bytes read per second of the whole load."""
+        return self.num_bytes / self.elapsed_s if self.elapsed_s else 0.0
+
+    def __str__(self) -> str:
+        parts = [
+            f"loaded {len(self.loaded)} tensors, {self.num_bytes / 1e9:.3f} GB in {self.elapsed_s:.3f} s "
+            f"({self.bytes_per_s / 1e9:.2f} GB/s)",
+            f"host memory peak +{self.peak_host_bytes / 1e9:.3f} GB",
+        ]
+        if self.peak_device_bytes:
+            parts.append(f"device memory peak {self.peak_device_bytes / 1e9:.3f} GB")
+        for title in ("initialized", "missing", "unexpected", "mismatched"):
+            if names := getattr(self, title):
+                parts.append(f"{title}: {shorten(names)}")
+        return "; ".join(parts)
+
+
+class Meter:
+    """Measures a load while it runs, and shows its progress.
+
+    Args:
+        total_bytes: What will be read.
+        devices: The CUDA devices to watch.
+        progress: ``True`` shows a bar, ``False`` shows none, ``None`` shows one on a terminal if the load takes more
+            than a moment.
+    """
+
+    def __init__(self, total_bytes: int, devices: set[torch.device], progress: bool | None) -> None:
+        self._started = time.perf_counter()
+        self._devices = {device for device in devices if device.type == "cuda"}
+        self._host_before = _anonymous_bytes()
+        self.peak_host_bytes = 0
+        self.peak_device_bytes = 0
+        self._bar = tqdm(
+            total=total_bytes,
+            desc="Loading",
+            unit="B",
+            unit_scale=True,
+            delay=0 if progress else _PROGRESS_DELAY_S,
+            disable=None if progress is None else not progress,
+            leave=False,
+        )
+        self.sample()
+
+    def tick(self, num_bytes: int) -> None:
+        """Note that ``num_bytes`` have been read so far."""
+        self._bar.update(num_bytes - self._bar.n)
+        self.sample()
+
+    def sample(self) -> None:
+        """Look at the memory in use."""
+        self.peak_host_bytes = max(self.peak_host_bytes, _anonymous_bytes() - self._host_before)
+        in_use = sum(torch.cuda.memory_allocated(device) for device in self._devices)
+        self.peak_device_bytes = max(self.peak_device_bytes, in_use)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._bar.close()
+
+
+def _anonymous_bytes() -> int:
+    """Resident anonymous memory of this process, from ``/proc`` (Linux); 0 elsewhere."""
+    try:
+        with open("/proc/self/status", "rb") as status:
+            for line in status:
+                if line.startswith(b"RssAnon:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0

@@ -1,0 +1,56 @@
+"""``module.load_state_dict`` with lazy tensors: the same rules, one pass of the pipeline."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.nn import Module
+from torch.nn.modules.module import _IncompatibleKeys
+
+from lightning_efficient_init.checkpoint import LazyTensor
+from lightning_efficient_init.deferred import eager
+from lightning_efficient_init.load.bind import bind
+from lightning_efficient_init.load.load import run_plan
+from lightning_efficient_init.load.pipeline import Settings
+from lightning_efficient_init.load.plan import LoadPlan, check
+from lightning_efficient_init.load.tree import read_tree
+from lightning_efficient_init.patching import ScopedPatch
+
+log = logging.getLogger(__name__)
+
+
+def _load_lazy(
+    original: Callable[..., Any],
+    module: Module,
+    state_dict: Mapping[str, Any],
+    strict: bool = True,
+    assign: bool = False,
+) -> Any:
+    """Stream the lazy tensors of ``state_dict``; a state dict without any goes to ``original``."""
+    path = next((value.entry.file for value in state_dict.values() if isinstance(value, LazyTensor)), None)
+    if path is None:
+        return original(module, state_dict, strict, assign)
+    with eager():
+        if assign:
+            device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
+            return original(module, read_tree(dict(state_dict), device), strict, assign)
+        binding = bind(module, state_dict, getattr(state_dict, "_metadata", None))
+        check(binding, path, strict=strict)
+        plan = LoadPlan(
+            path=path,
+            format="state dict",
+            entries=binding.entries,
+            missing=tuple(binding.missing),
+            unexpected=tuple(binding.unexpected),
+            mismatched=binding.mismatched,
+            binding=binding,
+        )
+        log.info("%s: %s", path, run_plan(module, plan, Settings()))
+    return _IncompatibleKeys(list(plan.missing), list(plan.unexpected))
+
+
+#: Open while Lightning hands lazy state dicts to modules.
+streaming_load_state_dict = ScopedPatch(Module, "load_state_dict", _load_lazy)

@@ -1,0 +1,47 @@
+"""Reads whole parts of a checkpoint, such as an optimizer's state, into new tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lightning_efficient_init.checkpoint import Entry, LazyTensor, map_leaves
+from lightning_efficient_init.load.load import stream
+from lightning_efficient_init.load.pipeline import Settings
+from lightning_efficient_init.load.report import Meter
+from lightning_efficient_init.sinks import PlainSink
+
+
+def read_tree(tree: Any, device: torch.device, settings: Settings | None = None) -> Any:
+    """Replace every entry and lazy tensor in ``tree`` by a tensor with its values.
+
+    Args:
+        tree: Nested containers, as ``index_checkpoint`` gives them.
+        device: Where the tensors go. Scalars (step counters, loss scales) stay on the CPU, where their users read them.
+        settings: Host memory and threads.
+
+    Returns:
+        The tree in new containers. What was one tensor in the checkpoint is one tensor here.
+    """
+    tensors: dict[Entry, torch.Tensor] = {}
+
+    def reserve(leaf: Entry | LazyTensor) -> torch.Tensor:
+        entry = leaf.entry if isinstance(leaf, LazyTensor) else leaf
+        if entry not in tensors:
+            target = device if entry.shape else torch.device("cpu")
+            tensors[entry] = torch.empty(entry.shape, dtype=entry.dtype, device=target)
+        return tensors[entry]
+
+    result = _map(tree, reserve)
+    meter = Meter(sum(entry.extent_bytes for entry in tensors), {device}, progress=None)
+    try:
+        stream([(PlainSink("", tensor), entry) for entry, tensor in tensors.items()], settings or Settings(), meter)
+    finally:
+        meter.close()
+    return result
+
+
+def _map(tree: Any, reserve: Callable[[Any], torch.Tensor]) -> Any:
+    return map_leaves(tree, (Entry, LazyTensor), reserve)

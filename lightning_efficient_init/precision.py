@@ -1,0 +1,198 @@
+"""``EfficientInit``: the precision plugin for Fabric and the Trainer."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.fabric.plugins import precision as fabric_precision
+from lightning.fabric.plugins.precision.utils import _DtypeContextManager
+from lightning.pytorch.plugins import precision as trainer_precision
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from lightning_efficient_init.deferred import watch
+from lightning_efficient_init.init_context import init_context, is_empty_requested
+
+PrecisionName = Literal["32-true", "bf16-true", "16-true", "64-true", "bf16-mixed", "16-mixed"]
+
+_TRUE_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+
+
+class EfficientInit(trainer_precision.Precision):
+    """Creates models directly on their device, in their dtype, and streams checkpoints into them.
+
+    Pass it as ``Fabric(plugins=[EfficientInit(...)])`` or ``Trainer(plugins=[EfficientInit(...)])`` and construct
+    models inside ``init_module``. Forward, backward and optimizer steps are those of Lightning's own plugin for the
+    same precision, to which this one delegates.
+
+    Two things differ from Lightning's own plugins. ``init_module(empty_init=True)`` skips the initializer of every
+    parameter, whichever way a module writes it, and what no checkpoint provides afterwards is initialized at first
+    use, with one warning, instead of being left as garbage. And buffers that a module built in ``init_module``
+    declares in a dtype of their own (rotary frequencies in float32, say) keep it.
+
+    Args:
+        precision: ``"32-true"``, ``"bf16-true"``, ``"16-true"``, ``"64-true"``, ``"bf16-mixed"`` or ``"16-mixed"``,
+            as Lightning means them. Unlike Lightning, ``"16-mixed"`` is not replaced by ``"bf16-mixed"`` on a CPU.
+
+    Raises:
+        ValueError: The precision is none of these.
+
+    Example:
+        >>> import lightning as L
+        >>> fabric = L.Fabric(accelerator="cpu", plugins=[EfficientInit("bf16-true")])
+        >>> with fabric.init_module():
+        ...     layer = torch.nn.Linear(2, 2)
+        >>> layer.weight.dtype
+        torch.bfloat16
+    """
+
+    def __init__(self, precision: PrecisionName = "32-true") -> None:
+        if precision not in get_args(PrecisionName):
+            raise ValueError(f"precision must be one of {', '.join(get_args(PrecisionName))}; found {precision!r}.")
+        self.precision = precision
+        self._is_in_trainer = False
+        self._delegate: Any = None
+        self._module: weakref.ref[Module] | None = None
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """The gradient scaler of ``"16-mixed"``; ``None`` otherwise."""
+        return getattr(self._stock, "scaler", None)
+
+    def connect(
+        self, model: Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
+    ) -> tuple[Module, list[Optimizer], list[Any]]:
+        """The Trainer introduces itself; from here on its own precision plugin does the work."""
+        self._module = weakref.ref(model)
+        if not self._is_in_trainer:
+            self._is_in_trainer, self._delegate = True, None
+        return model, optimizers, lr_schedulers
+
+    @contextmanager
+    def tensor_init_context(self) -> Iterator[None]:
+        """Tensors are created in the plugin's dtype. The Trainer's ``init_module`` uses this for modules, too."""
+        with self._dtype_context(), init_context(empty=is_empty_requested()):
+            yield
+
+    def module_init_context(self) -> AbstractContextManager[None]:
+        """Modules are created in the plugin's dtype, empty if Lightning was asked for that."""
+        return self.tensor_init_context()
+
+    def convert_module(self, module: Module) -> Module:
+        """At setup: cast parameters, and buffers that have no dtype of their own."""
+        self._module = weakref.ref(module)
+        if (dtype := _TRUE_DTYPES.get(self.precision)) is not None:
+            cast_module(module, dtype)
+        watch(module)
+        return module
+
+    def _dtype_context(self) -> AbstractContextManager[Any]:
+        dtype = _TRUE_DTYPES.get(self.precision)
+        return nullcontext() if dtype is None else _DtypeContextManager(dtype)
+
+    # Everything below is Lightning's own plugin for this precision: Fabric's, or once connected the Trainer's.
+
+    @property
+    def _stock(self) -> Any:
+        if self._delegate is None:
+            library = trainer_precision if self._is_in_trainer else fabric_precision
+            self._delegate = _stock_plugin(library, self.precision, self._device_type())
+        return self._delegate
+
+    def _device_type(self) -> str:
+        """Where the module is by now; autocast and the gradient scaler depend on it."""
+        module = self._module() if self._module is not None else None
+        parameter = None if module is None else next(module.parameters(), None)
+        return torch.get_default_device().type if parameter is None else parameter.device.type
+
+    def forward_context(self) -> AbstractContextManager[None]:
+        """See Lightning's plugin."""
+        return self._stock.forward_context()  # type: ignore[no-any-return]
+
+    def convert_input(self, data: Any) -> Any:
+        """See Lightning's plugin."""
+        return self._stock.convert_input(data)
+
+    def convert_output(self, data: Any) -> Any:
+        """See Lightning's plugin."""
+        return self._stock.convert_output(data)
+
+    def pre_backward(self, tensor: Tensor, module: Any) -> Any:
+        """See Lightning's plugin."""
+        return self._stock.pre_backward(tensor, module)
+
+    def backward(self, tensor: Tensor, model: Any, *args: Any, **kwargs: Any) -> None:
+        """See Lightning's plugin; the Trainer passes the optimizer after the model."""
+        self._stock.backward(tensor, model, *args, **kwargs)
+
+    def post_backward(self, tensor: Tensor, module: Any) -> Any:
+        """See Lightning's plugin."""
+        return self._stock.post_backward(tensor, module)
+
+    def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        """See Lightning's plugin; the Trainer passes the model and a closure."""
+        return self._stock.optimizer_step(optimizer, *args, **kwargs)
+
+    def main_params(self, optimizer: Optimizer) -> Any:
+        """See Lightning's plugin."""
+        return self._stock.main_params(optimizer)
+
+    def unscale_gradients(self, optimizer: Optimizer) -> None:
+        """See Lightning's plugin."""
+        self._stock.unscale_gradients(optimizer)
+
+    def clip_gradients(self, *args: Any, **kwargs: Any) -> None:
+        """See Lightning's plugin."""
+        self._stock.clip_gradients(*args, **kwargs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The gradient scaler's state, if there is one."""
+        return self._stock.state_dict()  # type: ignore[no-any-return]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the gradient scaler's state, if there is one."""
+        self._stock.load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_module": None}
+
+
+def _stock_plugin(library: Any, precision: str, device_type: str) -> Any:
+    """Lightning's plugin for ``precision``, from Fabric's or the Trainer's ``plugins.precision``."""
+    if precision == "32-true":
+        return library.Precision()
+    if precision == "64-true":
+        return library.DoublePrecision()
+    if precision in _TRUE_DTYPES:
+        return library.HalfPrecision(precision)
+    return library.MixedPrecision(precision, device_type)
+
+
+def cast_module(module: Module, dtype: torch.dtype) -> None:
+    """Cast a module's floating-point tensors in place, except buffers that have a dtype of their own.
+
+    A module built in ``init_module`` has its parameters in ``dtype`` already. Whatever floating-point buffer of it is
+    in another dtype was declared so, and stays. In a module built elsewhere nothing tells a declared dtype from the
+    default, and buffers are cast along with the parameters, as Lightning does.
+    """
+    was_built_in_dtype = any(parameter.dtype == dtype for parameter in module.parameters())
+    for submodule in module.modules():
+        own = [p for p in submodule.parameters(recurse=False) if p.is_floating_point()]
+        casts_buffers = any(p.dtype != dtype for p in own) if own else not was_built_in_dtype
+        _cast_own(submodule, dtype, buffers=casts_buffers)
+
+
+def _cast_own(module: Module, dtype: torch.dtype, *, buffers: bool) -> None:
+    kept = {} if buffers else dict(module._buffers)
+    if kept:
+        module._buffers = dict.fromkeys(kept)
+    try:
+        module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t, recurse=False)
+    finally:
+        if kept:
+            module._buffers = kept

@@ -1,0 +1,8 @@
+"""Where the bytes of a checkpoint end up: one file per kind of parameter memory."""
+
+from __future__ import annotations
+
+from lightning_efficient_init.sinks.plain import PlainSink
+from lightning_efficient_init.sinks.sink import Segment, Sink
+
+__all__ = ["PlainSink", "Segment", "Sink"]

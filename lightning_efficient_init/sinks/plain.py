@@ -1,0 +1,73 @@
+"""Parameters and buffers that are ordinary tensors, on any one device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import Buffer, Parameter
+
+from lightning_efficient_init.checkpoint import Entry
+from lightning_efficient_init.sinks.sink import Segment
+
+_PLAIN_TYPES = (torch.Tensor, Parameter, Buffer)
+
+
+class PlainSink:
+    """Fills one tensor in place, as ``tensor.copy_(value)`` would.
+
+    Bytes go straight to the tensor's memory where the entry and the tensor are both contiguous (they are cast chunk
+    by chunk if the dtypes differ). Anything else (a transposed view in the checkpoint, an expanded or subclassed
+    tensor in the model) arrives in scratch memory on the device and is copied from there.
+
+    Args:
+        name: The model's name for the tensor.
+        tensor: The tensor to fill; it may be on the meta device until ``segments`` is called.
+    """
+
+    def __init__(self, name: str, tensor: torch.Tensor) -> None:
+        self.name = name
+        self.tensor = tensor
+        self._scratch: torch.Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The tensor's device."""
+        return self.tensor.device
+
+    def scratch_bytes(self, entry: Entry) -> int:
+        """The entry's extent if the tensor cannot be filled directly, else 0."""
+        return 0 if self._is_direct(entry) else entry.extent_bytes
+
+    def segments(self, entry: Entry) -> Sequence[Segment]:
+        """One segment: the entry's whole extent."""
+        if entry.numel == 0:
+            return ()
+        if self._is_direct(entry):
+            dest = self.tensor.detach().view(-1)
+        else:
+            numel = entry.extent_bytes // entry.dtype.itemsize
+            dest = self._scratch = torch.empty(numel, dtype=entry.dtype, device=self.device)
+            self._shape, self._stride = entry.shape, entry.stride
+        return (Segment(entry.file, entry.offset, entry.dtype, dest, self.name),)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Copies from the scratch, if there was any, and lets it go."""
+        if self._scratch is not None:
+            value = self._scratch.as_strided(self._shape, self._stride)
+            self.tensor.copy_(value.view_as(self.tensor))
+            self._scratch = None
+
+    def _is_direct(self, entry: Entry) -> bool:
+        tensor = self.tensor
+        is_aligned = entry.offset % entry.dtype.itemsize == 0 or entry.dtype == tensor.dtype
+        is_ordinary = type(tensor) in _PLAIN_TYPES and tensor.layout is torch.strided
+        return (
+            is_ordinary
+            and is_aligned
+            and entry.is_contiguous
+            and tensor.is_contiguous()
+            and not tensor.is_conj()
+            and not tensor.is_neg()
+        )

@@ -1,0 +1,62 @@
+"""The seam between the read pipeline and the memory of a model.
+
+A sink stands for one tensor of the model (or this rank's part of one). Given the entry it is to be filled from, it
+says which extents of the file it needs and where each one goes. The pipeline moves bytes and casts elements; whatever
+else a sink has to do with them (strides, quantization, a partition's padding) it does in ``finish``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from lightning_efficient_init.checkpoint import Entry
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segment:
+    """A run of elements in a file and the memory they go to.
+
+    Attributes:
+        file: Path of the file.
+        offset: Position of the first element in the file, in bytes.
+        dtype: Element type in the file.
+        dest: One-dimensional, contiguous tensor on any device; its dtype may differ from the file's.
+        name: The model's name for the tensor, for messages.
+    """
+
+    file: str
+    offset: int
+    dtype: torch.dtype
+    dest: torch.Tensor
+    name: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the elements take in the file."""
+        return self.dest.numel() * self.dtype.itemsize
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether file and memory hold the same bytes, so that nothing has to be cast."""
+        return self.dtype == self.dest.dtype
+
+
+class Sink(Protocol):
+    """Where one tensor's values end up."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which the values end up."""
+
+    def scratch_bytes(self, entry: Entry) -> int:
+        """Memory, in bytes on the sink's device, that is needed beside the tensor itself to fill it from ``entry``."""
+
+    def segments(self, entry: Entry) -> Sequence[Segment]:
+        """What to read, and where to put it. Allocates the scratch, if there is any."""
+
+    def finish(self) -> None:
+        """Called once all segments have arrived and the device has completed the copies."""

@@ -1,0 +1,7 @@
+"""Strategies for the Trainer."""
+
+from __future__ import annotations
+
+from lightning_efficient_init.trainer.single_device import EfficientSingleDeviceStrategy
+
+__all__ = ["EfficientSingleDeviceStrategy"]
