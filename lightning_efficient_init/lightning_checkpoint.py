@@ -16,7 +16,7 @@ import torch
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.core import saving
 
-from lightning_efficient_init.checkpoint import index_checkpoint, lazy_tree
+from lightning_efficient_init.checkpoint import index_tree, lazy_tree
 from lightning_efficient_init.deferred import eager
 from lightning_efficient_init.errors import UnsupportedCheckpointError
 from lightning_efficient_init.load.tree import read_tree
@@ -40,14 +40,14 @@ def open_lightning_checkpoint(
         UnsupportedCheckpointError: It is a checkpoint, but not Lightning's.
     """
     with eager():
-        index = index_checkpoint(path, weights_only=weights_only)
-        if not isinstance(index.tree, dict) or "state_dict" not in index.tree:
+        found = index_tree(path, weights_only=weights_only)
+        if not isinstance(found.tree, dict) or "state_dict" not in found.tree:
             raise UnsupportedCheckpointError(
-                f"{path}: expected a Lightning checkpoint, a dict with the key 'state_dict'; found {index.format} with "
+                f"{path}: expected a Lightning checkpoint, a dict with the key 'state_dict'; found {found.format} with "
                 "bare weights. Load it into a model with lightning_efficient_init.load_checkpoint(model, path)."
             )
-        rest = {key: value for key, value in index.tree.items() if key not in LAZY_KEYS}
-        lazy = {key: lazy_tree(value, device) for key, value in index.tree.items() if key in LAZY_KEYS}
+        rest = {key: value for key, value in found.tree.items() if key not in LAZY_KEYS}
+        lazy = {key: lazy_tree(value, device) for key, value in found.tree.items() if key in LAZY_KEYS}
         return {**read_tree(rest, torch.device("cpu")), **lazy}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,13 +15,13 @@ from lightning.fabric.utilities.types import _PATH, _Stateful
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from lightning_efficient_init.checkpoint import CheckpointIndex, index_checkpoint, lazy_tree
+from lightning_efficient_init.checkpoint import CheckpointTree, index_tree, lazy_tree
 from lightning_efficient_init.deferred import watch
 from lightning_efficient_init.init_context import init_context
 from lightning_efficient_init.lightning_checkpoint import is_streamable
 from lightning_efficient_init.load.load import run_plan
 from lightning_efficient_init.load.pipeline import Settings
-from lightning_efficient_init.load.plan import plan_index
+from lightning_efficient_init.load.plan import plan_part
 from lightning_efficient_init.load.tree import read_tree
 from lightning_efficient_init.single_device import FollowsAcceleratorDevice
 
@@ -88,23 +88,22 @@ class EfficientSingleDeviceStrategy(FollowsAcceleratorDevice, SingleDeviceStrate
         if not is_streamable(path) or type(self.checkpoint_io) is not TorchCheckpointIO:
             kwargs = {} if weights_only is None else {"weights_only": weights_only}
             return super().load_checkpoint(path, state, strict, **kwargs)
-        index = index_checkpoint(path, weights_only=weights_only is not False)
+        found = index_tree(path, weights_only=weights_only is not False)
         if isinstance(state, Module):
-            _load_modules({"": (state, index)}, strict)
+            _load_modules([(state, found, None)], strict)
             return {}
         if isinstance(state, Optimizer):
-            state.load_state_dict(read_tree(index.tree, self.root_device))
+            state.load_state_dict(read_tree(found.tree, self.root_device))
             return {}
         if not state:
-            return read_tree(index.tree, torch.device("cpu"))  # type: ignore[no-any-return]
-        return self._load_state(state, index, strict)
+            return read_tree(found.tree, torch.device("cpu"))  # type: ignore[no-any-return]
+        return self._load_state(state, found, strict)
 
-    def _load_state(self, state: dict[str, Any], index: CheckpointIndex, strict: bool) -> dict[str, Any]:
-        tree: Mapping[str, Any] = index.tree
+    def _load_state(self, state: dict[str, Any], found: CheckpointTree, strict: bool) -> dict[str, Any]:
+        tree: Mapping[str, Any] = found.tree
         _validate_keys_for_strict_loading(state.keys(), tree.keys(), strict=strict)
         asked = {name: obj for name, obj in state.items() if name in tree}
-        modules = {name: (obj, index.part(name)) for name, obj in asked.items() if isinstance(obj, Module)}
-        _load_modules(modules, strict)
+        _load_modules([(obj, found, name) for name, obj in asked.items() if isinstance(obj, Module)], strict)
         for name, obj in asked.items():
             if isinstance(obj, Module):
                 continue
@@ -116,8 +115,8 @@ class EfficientSingleDeviceStrategy(FollowsAcceleratorDevice, SingleDeviceStrate
         return {name: lazy_tree(value, torch.device("cpu")) for name, value in tree.items() if name not in asked}
 
 
-def _load_modules(modules: Mapping[str, tuple[Module, CheckpointIndex]], strict: bool) -> None:
+def _load_modules(wanted: Sequence[tuple[Module, CheckpointTree, str | None]], strict: bool) -> None:
     """Plan all modules first: nothing changes unless everything fits."""
-    plans = [(module, plan_index(module, index, strict=strict)) for module, index in modules.values()]
+    plans = [(module, plan_part(module, found, key, strict=strict)) for module, found, key in wanted]
     for module, plan in plans:
         run_plan(module, plan, Settings())

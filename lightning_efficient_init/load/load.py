@@ -92,13 +92,9 @@ def run_plan(
     started = time.perf_counter() if started is None else started
     model = unwrap(model)
     devices = {tensor.device for tensor in plan.binding.tensors.values()}
-    meter = Meter(plan.num_bytes, devices, progress)
-    try:
+    with Meter(plan.num_bytes, devices, progress) as meter:
         loaded = _write(model, plan.binding, settings, meter, mmap=mmap)
         initialized = _initialize_rest(model, plan)
-        meter.sample()
-    finally:
-        meter.close()
     return LoadReport(
         loaded=loaded,
         initialized=initialized,
@@ -107,8 +103,8 @@ def run_plan(
         mismatched=tuple(plan.mismatched),
         num_bytes=plan.num_bytes,
         elapsed_s=time.perf_counter() - started,
-        peak_host_bytes=meter.peak_host_bytes,
-        peak_device_bytes=meter.peak_device_bytes,
+        peak_host_bytes=meter.memory.host_bytes,
+        peak_device_bytes=meter.memory.device_bytes,
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_efficient_init.checkpoint import CheckpointIndex, Entry, index_checkpoint
+from lightning_efficient_init.checkpoint import CheckpointTree, Entry, index_tree, weights_of
 from lightning_efficient_init.errors import StateDictMismatchError
 from lightning_efficient_init.load.bind import Binding, Shape, bind, named_state
 from lightning_efficient_init.load.extents import num_unique_bytes
@@ -74,35 +74,32 @@ def plan_load(
         StateDictMismatchError: The tensors do not fit; holds all names and shapes.
         CheckpointError: The checkpoint cannot be read, see ``lightning_efficient_init.errors``.
     """
-    return plan_index(
-        model,
-        index_checkpoint(path, weights_only=weights_only),
-        strict=strict,
-        key_map=key_map,
-        ignore_mismatched=ignore_mismatched,
-    )
+    found = index_tree(path, weights_only=weights_only)
+    return plan_part(model, found, strict=strict, key_map=key_map, ignore_mismatched=ignore_mismatched)
 
 
-def plan_index(
+def plan_part(
     model: Module,
-    index: CheckpointIndex,
+    checkpoint: CheckpointTree,
+    key: str | None = None,
     *,
     strict: bool = True,
     key_map: KeyMap | None = None,
     ignore_mismatched: bool = False,
 ) -> LoadPlan:
-    """Plan the load of a checkpoint that has been indexed already; see ``plan_load``."""
+    """Plan the load of the weights under ``key`` in an indexed checkpoint, or of its only weights; see ``plan_load``."""
     model = unwrap(model)
-    names = match_keys(index.weights, named_state(model), key_map)
+    weights = weights_of(checkpoint.tree, key, path=checkpoint.path)
+    names = match_keys(weights.entries, named_state(model), key_map)
     key_of = {name: key for key, name in names.items()}
     is_renamed = any(key != name for key, name in names.items())
-    state = {name: index.weights[key] for key, name in names.items()}
-    binding = bind(model, state, None if is_renamed else index.weights_metadata)
+    state = {name: weights.entries[key] for key, name in names.items()}
+    binding = bind(model, state, None if is_renamed else weights.metadata)
     binding.unexpected = [key_of.get(name, name) for name in binding.unexpected]
-    check(binding, index.path, strict=strict, ignore_mismatched=ignore_mismatched, is_disjoint=bool(state))
+    check(binding, checkpoint.path, strict=strict, ignore_mismatched=ignore_mismatched, is_disjoint=bool(state))
     return LoadPlan(
-        path=index.path,
-        format=index.format,
+        path=checkpoint.path,
+        format=checkpoint.format,
         entries=binding.entries,
         missing=tuple(binding.missing),
         unexpected=tuple(binding.unexpected),

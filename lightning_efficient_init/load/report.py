@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
 from lightning_efficient_init.errors import shorten
+from lightning_efficient_init.memory import PeakMemory
 
 _PROGRESS_DELAY_S = 1.0
 
@@ -64,17 +64,13 @@ class Meter:
 
     Args:
         total_bytes: What will be read.
-        devices: The CUDA devices to watch.
+        devices: The devices to watch.
         progress: ``True`` shows a bar, ``False`` shows none, ``None`` shows one on a terminal if the load takes more
             than a moment.
     """
 
     def __init__(self, total_bytes: int, devices: set[torch.device], progress: bool | None) -> None:
-        self._started = time.perf_counter()
-        self._devices = {device for device in devices if device.type == "cuda"}
-        self._host_before = _anonymous_bytes()
-        self.peak_host_bytes = 0
-        self.peak_device_bytes = 0
+        self.memory = PeakMemory(devices)
         self._bar = tqdm(
             total=total_bytes,
             desc="Loading",
@@ -84,31 +80,16 @@ class Meter:
             disable=None if progress is None else not progress,
             leave=False,
         )
-        self.sample()
+
+    def __enter__(self) -> Meter:
+        self.memory.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.memory.__exit__()
+        self._bar.close()
 
     def tick(self, num_bytes: int) -> None:
         """Note that ``num_bytes`` have been read so far."""
         self._bar.update(num_bytes - self._bar.n)
-        self.sample()
-
-    def sample(self) -> None:
-        """Look at the memory in use."""
-        self.peak_host_bytes = max(self.peak_host_bytes, _anonymous_bytes() - self._host_before)
-        in_use = sum(torch.cuda.memory_allocated(device) for device in self._devices)
-        self.peak_device_bytes = max(self.peak_device_bytes, in_use)
-
-    def close(self) -> None:
-        """Take the bar away."""
-        self._bar.close()
-
-
-def _anonymous_bytes() -> int:
-    """Resident anonymous memory of this process, from ``/proc`` (Linux); 0 elsewhere."""
-    try:
-        with open("/proc/self/status", "rb") as status:
-            for line in status:
-                if line.startswith(b"RssAnon:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 0
+        self.memory.sample()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,22 +25,19 @@ def read_tree(tree: Any, device: torch.device, settings: Settings | None = None)
         The tree in new containers. What was one tensor in the checkpoint is one tensor here.
     """
     tensors: dict[Entry, torch.Tensor] = {}
+    names: dict[Entry, str] = {}
 
-    def reserve(leaf: Entry | LazyTensor) -> torch.Tensor:
+    def reserve(leaf: Entry | LazyTensor, path: tuple[object, ...]) -> torch.Tensor:
         entry = leaf.entry if isinstance(leaf, LazyTensor) else leaf
         if entry not in tensors:
+            names[entry] = ".".join(map(str, path))
             target = device if entry.shape else torch.device("cpu")
             tensors[entry] = torch.empty(entry.shape, dtype=entry.dtype, device=target)
         return tensors[entry]
 
-    result = _map(tree, reserve)
-    meter = Meter(sum(entry.extent_bytes for entry in tensors), {device}, progress=None)
-    try:
-        stream([(PlainSink("", tensor), entry) for entry, tensor in tensors.items()], settings or Settings(), meter)
-    finally:
-        meter.close()
+    result = map_leaves(tree, (Entry, LazyTensor), reserve)
+    with Meter(sum(entry.extent_bytes for entry in tensors), {device}, progress=None) as meter:
+        stream(
+            [(PlainSink(name, tensors[entry]), entry) for entry, name in names.items()], settings or Settings(), meter
+        )
     return result
-
-
-def _map(tree: Any, reserve: Callable[[Any], torch.Tensor]) -> Any:
-    return map_leaves(tree, (Entry, LazyTensor), reserve)
