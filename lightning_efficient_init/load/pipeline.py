@@ -269,7 +269,7 @@ class _Lane:
         return self.slots[self._turn][read.offset % PAGE_BYTES :]
 
     def _fill(self, buffers: list[memoryview], read: Read) -> None:
-        """Read all of ``read`` into ``buffers``; failing and short reads, usual on network file systems, are retried."""
+        """Read all of ``read`` into ``buffers``; failing and short reads (network file systems) are retried."""
         try:
             for attempt in _retrying():
                 with attempt, self._reopening_on_error():

@@ -87,7 +87,7 @@ def plan_part(
     key_map: KeyMap | None = None,
     ignore_mismatched: bool = False,
 ) -> LoadPlan:
-    """Plan the load of the weights under ``key`` in an indexed checkpoint, or of its only weights; see ``plan_load``."""
+    """Plan the load of the weights under ``key`` in an indexed checkpoint, or of its only weights."""
     model = unwrap(model)
     weights = weights_of(checkpoint.tree, key, path=checkpoint.path)
     names = match_keys(weights.entries, named_state(model), key_map)
