@@ -1,0 +1,177 @@
+"""Safetensors files: eight bytes of length, a JSON header of that length, then the tensors back to back.
+
+The header is read here rather than through the safetensors package, which does not tell positions in the file. The checks
+are those of its reference reader: each tensor starts where the one before it ends, the last one ends the file, and
+every size is what dtype and shape make it. The free text under ``__metadata__`` is no tensor and does not appear in the tree.
+
+The format: https://github.com/huggingface/safetensors#format.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from typing import Any, Final
+
+import torch
+
+from lightning_efficient_init.checkpoint.entry import Entry
+from lightning_efficient_init.checkpoint.file import CheckpointFile
+from lightning_efficient_init.checkpoint.format import CheckpointTree
+from lightning_efficient_init.checkpoint.wording import DOWNLOAD_AGAIN, SAVE_AGAIN, explain, shorten
+from lightning_efficient_init.errors import CorruptCheckpointError, UnsupportedCheckpointError
+
+MAX_HEADER_BYTES: Final = 100_000_000  # as in the reference reader
+_MAX_SIZE: Final = (1 << 63) - 1
+_MAX_DIMS: Final = 64
+
+_DTYPE_NAMES: Final = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "U32": "uint32",
+    "I32": "int32",
+    "F32": "float32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F64": "float64",
+    "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F4": "float4_e2m1fn_x2",
+}
+_DTYPES: Final[dict[str, torch.dtype]] = {key: getattr(torch, name) for key, name in _DTYPE_NAMES.items() if hasattr(torch, name)}
+
+
+class Safetensors:
+    """One safetensors file."""
+
+    name = "safetensors"
+
+    def recognize(self, path: str, head: bytes | None) -> bool:
+        """Whether a length and a JSON object follow each other at the start of the file."""
+        return head is not None and len(head) > 8 and head[8:9] == b"{" and not head.startswith(b"{")
+
+    def read(self, path: str, *, weights_only: bool) -> CheckpointTree:
+        """Reads the tree, a dict of entries; raises as `index_checkpoint` does."""
+        with CheckpointFile(path) as file:
+            return CheckpointTree(path, self.name, (file.path,), read_entries(file))
+
+
+def read_entries(file: CheckpointFile) -> dict[str, Entry]:
+    """Reads the header of an open safetensors file: tensor name to entry, in the order of the header."""
+    header, data_offset = _read_header(file)
+    header.pop("__metadata__", None)
+    entries = {name: _entry(file, name, info, data_offset) for name, info in header.items()}
+    _check_packed(file, entries, data_offset)
+    return entries
+
+
+def _read_header(file: CheckpointFile) -> tuple[dict[str, Any], int]:
+    """Gives the parsed header and the position of the first tensor."""
+    (num_bytes,) = struct.unpack("<Q", file.read(0, 8, "the length of the safetensors header"))
+    if num_bytes > min(MAX_HEADER_BYTES, file.num_bytes - 8):
+        limit = f"a header of at most {MAX_HEADER_BYTES} bytes within the file's {file.num_bytes}"
+        raise _corrupt(file, limit, f"one of {num_bytes}")
+    text = file.read(8, num_bytes, "the safetensors header")
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise _corrupt(file, "a JSON header", f"{type(error).__name__}: {shorten(error)}") from error
+    if not isinstance(header, dict):
+        raise _corrupt(file, "a JSON object as header", type(header).__name__)
+    return header, 8 + num_bytes
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes a JSON object, and refuses one that says a thing twice."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("an object with a duplicate key")
+    return result
+
+
+def _entry(file: CheckpointFile, name: str, info: Any, data_offset: int) -> Entry:
+    if not isinstance(info, dict) or not {"dtype", "shape", "data_offsets"} <= info.keys():
+        raise _corrupt(file, "dtype, shape and data_offsets", shorten(repr(info)), name)
+    shape, span = info["shape"], info["data_offsets"]
+    if not _are_sizes(shape) or not _are_sizes(span) or len(span) != 2:
+        raise _corrupt(
+            file, "a shape and two offsets that are not negative", shorten(f"shape {shape!r}, offsets {span!r}"), name
+        )
+    dtype = _dtype(file, name, info["dtype"])
+    if info["dtype"] == "F4":
+        shape = _packed_in_pairs(file, name, shape)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if span[1] - span[0] != num_bytes:
+        raise _corrupt(file, f"{num_bytes} bytes, from its dtype and shape", f"offsets {span}", name)
+    if data_offset + span[1] > file.num_bytes:
+        end = f"bytes up to {data_offset + span[1]}"
+        raise _corrupt(file, end, f"a file of {file.num_bytes} bytes (truncated)", name)
+    return Entry(file.path, data_offset + span[0], dtype, tuple(shape), _row_major(shape))
+
+
+def _dtype(file: CheckpointFile, name: str, dtype: Any) -> torch.dtype:
+    found = _DTYPES.get(dtype) if isinstance(dtype, str) else None
+    if found is None:
+        raise UnsupportedCheckpointError(
+            explain(
+                file.path,
+                tensor=name,
+                expected=f"one of the dtypes {', '.join(_DTYPES)}",
+                found=f"dtype {shorten(repr(dtype))}, which torch {torch.__version__} does not have",
+                todo="Save it in another dtype, or use a newer torch.",
+            )
+        )
+    return found
+
+
+def _packed_in_pairs(file: CheckpointFile, name: str, shape: list[int]) -> list[int]:
+    """Two 4-bit numbers share a byte, which is one element to torch; the header counts the numbers."""
+    if not shape or shape[-1] % 2:
+        raise _corrupt(file, "an even number of 4-bit numbers in the last dimension", f"shape {shape}", name)
+    return [*shape[:-1], shape[-1] // 2]
+
+
+def _check_packed(file: CheckpointFile, entries: dict[str, Entry], data_offset: int) -> None:
+    """The format knows no gaps and no overlaps: a byte that two tensors claim, or none, is a damaged header."""
+    end = data_offset
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
+        if entry.offset != end:
+            raise _corrupt(file, f"its first byte at {end}, after the tensor before it", f"at {entry.offset}", name)
+        end += entry.num_bytes
+    if end != file.num_bytes:
+        raise _corrupt(file, f"a file of {end} bytes, as its header says", f"{file.num_bytes} bytes")
+
+
+def _are_sizes(values: Any) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) <= _MAX_DIMS
+        and all(type(value) is int and 0 <= value <= _MAX_SIZE for value in values)
+    )
+
+
+def _row_major(shape: list[int]) -> tuple[int, ...]:
+    """The strides that torch gives a contiguous tensor."""
+    strides = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def _corrupt(
+    file: CheckpointFile, expected: object, found: object, tensor: str | None = None
+) -> CorruptCheckpointError:
+    todo = DOWNLOAD_AGAIN if tensor is None else SAVE_AGAIN
+    return CorruptCheckpointError(explain(file.path, tensor=tensor, expected=expected, found=found, todo=todo))

@@ -1,0 +1,146 @@
+"""From what a pickle says about a tensor to an entry: every number checked before it is believed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from lightning_efficient_init.checkpoint.entry import Entry
+from lightning_efficient_init.checkpoint.tree import Path, map_leaves
+from lightning_efficient_init.checkpoint.wording import SAVE_AGAIN, explain, name_of, shorten
+from lightning_efficient_init.errors import CorruptCheckpointError, UnsupportedCheckpointError
+
+_MAX_SIZE: Final = (1 << 63) - 1
+_MAX_DIMS: Final = 64
+
+
+@dataclass(slots=True)
+class StoredStorage:
+    """A storage as the pickle names it.
+
+    Attributes:
+        key: Its name in the file.
+        dtype: Element type of the storage.
+        num_bytes: Its size as the pickle states it.
+        view_offset: Where it starts within the storage of that key, in bytes (views in legacy files).
+    """
+
+    key: Any
+    dtype: torch.dtype
+    num_bytes: int
+    view_offset: int = 0
+
+
+@dataclass(slots=True)
+class StoredTensor:
+    """A tensor as the pickle describes it; nothing of it has been checked yet.
+
+    Attributes:
+        storage: Where its elements are.
+        offset: Storage offset, in elements.
+        shape: Sizes, in elements.
+        stride: Strides, in elements.
+        dtype: Element type; the storage's where None.
+        refusal: Why it cannot be an entry ("a sparse tensor"), or None.
+    """
+
+    storage: Any = None
+    offset: Any = 0
+    shape: Any = ()
+    stride: Any = ()
+    dtype: Any = None
+    refusal: str | None = None
+
+
+def resolve_tensors(tree: Any, file: str, locate: Callable[[StoredStorage], int]) -> Any:
+    """Replaces every `StoredTensor` of a tree by its `Entry`.
+
+    Args:
+        tree: The unpickled object.
+        file: Absolute path of the file.
+        locate: Gives the position in the file of a storage's first byte, after checking that the file has all of it.
+
+    Raises:
+        CorruptCheckpointError: A tensor reaches outside its storage, or a storage outside the file.
+        UnsupportedCheckpointError: A tensor is sparse, quantized, or otherwise not plain numbers in memory.
+    """
+
+    def resolve(leaf: StoredTensor | StoredStorage, path: Path) -> Entry:
+        if isinstance(leaf, StoredStorage):
+            leaf = StoredTensor(refusal="a bare storage")
+        return _entry(leaf, path, file, locate)
+
+    return map_leaves(tree, (StoredTensor, StoredStorage), resolve)
+
+
+def _entry(tensor: StoredTensor, path: Path, file: str, locate: Callable[[StoredStorage], int]) -> Entry:
+    if tensor.refusal is not None:
+        raise UnsupportedCheckpointError(
+            explain(
+                file,
+                tensor=name_of(path),
+                expected="a plain tensor of numbers",
+                found=tensor.refusal,
+                todo="Save it as plain tensors, or take it out of the checkpoint.",
+            )
+        )
+    storage, shape, stride, offset = tensor.storage, tensor.shape, tensor.stride, tensor.offset
+    if type(storage) is not StoredStorage:
+        raise _corrupt(file, path, "a tensor with a storage", shorten(type(storage).__name__))
+    dtype = storage.dtype if tensor.dtype is None else tensor.dtype
+    if not isinstance(dtype, torch.dtype):
+        raise _corrupt(file, path, "an element type", shorten(repr(dtype)))
+    if not (_are_sizes(shape) and _are_sizes(stride) and len(shape) == len(stride) and _are_sizes((offset,))):
+        raise _corrupt(
+            file,
+            path,
+            "sizes, strides and an offset that are not negative",
+            shorten(f"shape {shape!r}, stride {stride!r}, offset {offset!r}"),
+        )
+    end_bytes = (offset + _reach(shape, stride)) * dtype.itemsize
+    if end_bytes > storage.num_bytes or math.prod(shape) * dtype.itemsize > _MAX_SIZE:
+        raise _corrupt(
+            file,
+            path,
+            f"elements inside the storage {shorten(repr(storage.key))} of {storage.num_bytes} bytes",
+            shorten(f"shape {tuple(shape)}, stride {tuple(stride)}, offset {offset} of {dtype}"),
+        )
+    start = _locate(storage, path, file, locate)
+    return Entry(file, start + offset * dtype.itemsize, dtype, tuple(shape), tuple(stride))
+
+
+def _locate(storage: StoredStorage, path: Path, file: str, locate: Callable[[StoredStorage], int]) -> int:
+    try:
+        return locate(storage)
+    except StorageError as error:
+        raise _corrupt(file, path, error.expected, error.found) from None
+
+
+class StorageError(Exception):
+    """A storage is not in the file as the pickle says; the tensor's name is added on the way up."""
+
+    def __init__(self, expected: str, found: str) -> None:
+        super().__init__(expected, found)
+        self.expected = expected
+        self.found = found
+
+
+def _are_sizes(values: Any) -> bool:
+    if type(values) not in (tuple, list, torch.Size) or len(values) > _MAX_DIMS:
+        return False
+    return all(type(value) is int and 0 <= value <= _MAX_SIZE for value in values)
+
+
+def _reach(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """Elements from a tensor's first one to the end of its last one."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+
+
+def _corrupt(file: str, path: Path, expected: str, found: str) -> CorruptCheckpointError:
+    return CorruptCheckpointError(explain(file, tensor=name_of(path), expected=expected, found=found, todo=SAVE_AGAIN))

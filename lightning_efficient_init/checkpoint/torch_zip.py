@@ -1,0 +1,124 @@
+"""Checkpoints of ``torch.save``: a zip archive of one pickle and one member for each storage."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from lightning_efficient_init.checkpoint.file import CheckpointFile
+from lightning_efficient_init.checkpoint.format import CheckpointTree
+from lightning_efficient_init.checkpoint.tensors import StorageError, StoredStorage, resolve_tensors
+from lightning_efficient_init.checkpoint.trusted import unpickle_trusted
+from lightning_efficient_init.checkpoint.unpickle import (
+    MAX_PICKLE_BYTES,
+    SafeUnpickler,
+    TruncatedPickleError,
+    stored_storage,
+)
+from lightning_efficient_init.checkpoint.wording import DOWNLOAD_AGAIN, SAVE_AGAIN, explain, shorten
+from lightning_efficient_init.checkpoint.zip_archive import MAGIC, ZipArchive
+from lightning_efficient_init.errors import CorruptCheckpointError, UnsupportedCheckpointError
+
+_PICKLE: Final = b"/data.pkl"
+
+
+class TorchZip:
+    """What ``torch.save`` writes, and with it Lightning's and Fabric's checkpoints."""
+
+    name = "torch zip"
+
+    def recognize(self, path: str, head: bytes | None) -> bool:
+        """Whether the file is a zip archive."""
+        return head is not None and head.startswith(MAGIC)
+
+    def read(self, path: str, *, weights_only: bool) -> CheckpointTree:
+        """Reads the tree; raises as `index_checkpoint` does."""
+        with CheckpointFile(path) as file:
+            archive = _Archive(file)
+            tree = archive.unpickle() if weights_only else archive.unpickle_trusted()
+            return CheckpointTree(path, self.name, (file.path,), archive.resolve(tree))
+
+
+class _Archive:
+    """One open archive of ``torch.save``."""
+
+    def __init__(self, file: CheckpointFile) -> None:
+        self._file = file
+        self._zip = ZipArchive(file)
+        self._root = self._find_root()
+        self._offsets: dict[Any, int] = {}
+        self._check_byte_order()
+
+    def unpickle(self) -> Any:
+        unpickler = SafeUnpickler(self._read_pickle(), 0, stored_storage, self._file.path)
+        try:
+            return unpickler.load()
+        except TruncatedPickleError:
+            raise CorruptCheckpointError(
+                explain(self._file.path, expected="a whole pickle", found="its first part only", todo=DOWNLOAD_AGAIN)
+            ) from None
+
+    def unpickle_trusted(self) -> Any:
+        return unpickle_trusted(self._read_pickle(), self._file.path)
+
+    def resolve(self, tree: Any) -> Any:
+        return resolve_tensors(tree, self._file.path, self._locate)
+
+    def _locate(self, storage: StoredStorage) -> int:
+        """Gives the position of a storage in the file, once its size has been compared with the pickle's."""
+        offset = self._offsets.get(storage.key)
+        if offset is None:
+            offset = self._offsets[storage.key] = self._find(storage)
+        return offset
+
+    def _find(self, storage: StoredStorage) -> int:
+        key = storage.key.decode("latin1") if isinstance(storage.key, bytes) else str(storage.key)
+        member = self._zip.members.get(self._root + b"/data/" + key.encode("utf-8", "surrogatepass"))
+        if member is None:
+            raise StorageError(
+                f"storage {shorten(key)!r} of {storage.num_bytes} bytes", "no such member in the archive"
+            )
+        if member.num_bytes != storage.num_bytes:
+            raise StorageError(
+                f"storage {shorten(key)!r} of {storage.num_bytes} bytes", f"{member.num_bytes} bytes of it"
+            )
+        return self._zip.data_offset(member)
+
+    def _read_pickle(self) -> bytes:
+        member = self._zip.members[self._root + _PICKLE]
+        if member.num_bytes > MAX_PICKLE_BYTES:
+            raise self._refused(
+                f"a pickle of at most {MAX_PICKLE_BYTES} bytes",
+                f"{member.num_bytes} bytes",
+                "Keep large lists and tables out of the checkpoint, or save them as tensors.",
+            )
+        return self._zip.read(member)
+
+    def _find_root(self) -> bytes:
+        """Gives the archive's one top folder, after looking for what tells other archives of torch apart."""
+        names = self._zip.members
+        roots = [name[: -len(_PICKLE)] for name in names if name.endswith(_PICKLE) and name.count(b"/") == 1]
+        if len(roots) != 1:
+            raise self._refused(
+                "the archive of one torch.save (one data.pkl)", f"a zip file with {len(roots)}", SAVE_AGAIN
+            )
+        code = roots[0] + b"/code/"
+        if roots[0] + b"/constants.pkl" in names or any(name.startswith(code) for name in names):
+            raise self._refused(
+                "a checkpoint",
+                "a TorchScript archive, which is a program",
+                "Load it with torch.jit.load, and save its state_dict() with torch.save.",
+            )
+        return roots[0]
+
+    def _check_byte_order(self) -> None:
+        member = self._zip.members.get(self._root + b"/byteorder")
+        order = b"little" if member is None or member.num_bytes > 16 else self._zip.read(member)
+        if order == b"big":
+            raise self._refused("little-endian numbers", "big-endian ones", "Save it again on a little-endian machine.")
+        if order != b"little":
+            raise CorruptCheckpointError(
+                explain(self._file.path, expected="a byte order", found=repr(order), todo=DOWNLOAD_AGAIN)
+            )
+
+    def _refused(self, expected: str, found: str, todo: str) -> UnsupportedCheckpointError:
+        return UnsupportedCheckpointError(explain(self._file.path, expected=expected, found=found, todo=todo))

@@ -1,0 +1,112 @@
+"""Which part of a checkpoint's tree is the model's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from lightning_efficient_init.checkpoint.entry import Entry
+from lightning_efficient_init.checkpoint.wording import explain, listing
+from lightning_efficient_init.errors import CheckpointNotFoundError, UnsupportedCheckpointError
+
+_LIGHTNING: Final = "state_dict"
+_FABRIC: Final = "model"
+_EXTRA_STATE: Final = "_extra_state"
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The weights of one model in a checkpoint.
+
+    Attributes:
+        entries: Key to `Entry`, or to another object for ``_extra_state`` keys.
+        key: Where they are in the tree; None for the tree itself.
+        metadata: The state dict's ``_metadata`` (module versions), or None.
+    """
+
+    entries: Mapping[str, Any]
+    key: str | None
+    metadata: Any
+
+
+def weights_of(tree: Any, key: str | None = None, *, path: str) -> Weights:
+    """Takes a model's weights out of a checkpoint's tree.
+
+    Args:
+        tree: The tree, as `index_tree` gives it.
+        key: The key to look under, as in ``fabric.load(path, {"net": model})``. None finds the only choice: "state_dict",
+            where Lightning puts it, the tree itself, "model", or the one other key with a dict of tensors.
+        path: Path of the checkpoint, for errors.
+
+    Raises:
+        CheckpointNotFoundError: There are no weights, or none under that key.
+        UnsupportedCheckpointError: Several keys hold weights, and none was asked for.
+    """
+    if key is None:
+        key = _find_key(tree, path)
+    elif not isinstance(tree, Mapping) or key not in tree:
+        present = listing(tree) if isinstance(tree, Mapping) else type(tree).__name__
+        raise CheckpointNotFoundError(
+            explain(path, expected=f"the key {key!r}", found=present, todo="Ask for one of these keys.")
+        )
+    found = tree if key is None else tree[key]
+    if isinstance(found, torch.nn.Module):
+        found = found.state_dict(keep_vars=True)
+    if not isinstance(found, Mapping) or (found and not _is_state_dict(found)):
+        raise CheckpointNotFoundError(
+            explain(
+                path,
+                expected=f"a state dict under {key!r}" if key is not None else "a state dict",
+                found=type(found).__name__,
+                todo="Ask for a key that holds a dict of tensors.",
+            )
+        )
+    return Weights(found, key, getattr(found, "_metadata", None))
+
+
+def _find_key(tree: Any, path: str) -> str | None:
+    if isinstance(tree, torch.nn.Module) or (isinstance(tree, Mapping) and not tree):
+        return None
+    if not isinstance(tree, Mapping):
+        raise _without_weights(path, f"a {type(tree).__name__}")
+    if isinstance(tree.get(_LIGHTNING), Mapping) and (not tree[_LIGHTNING] or _holds_weights(tree[_LIGHTNING])):
+        return _LIGHTNING
+    keys = [key for key, value in tree.items() if isinstance(key, str) and not _is_extra(key) and _holds_weights(value)]
+    if _FABRIC in keys or len(keys) == 1:
+        return _FABRIC if _FABRIC in keys else keys[0]
+    if keys:
+        raise UnsupportedCheckpointError(
+            explain(
+                path,
+                expected="the weights of one model",
+                found=f"weights under the keys {listing(keys)}",
+                todo="Say which key to load.",
+            )
+        )
+    if _is_state_dict(tree):
+        return None
+    raise _without_weights(path, f"the keys {listing(tree)}")
+
+
+def _holds_weights(value: Any) -> bool:
+    return isinstance(value, torch.nn.Module) or (isinstance(value, Mapping) and _is_state_dict(value))
+
+
+def _is_state_dict(value: Mapping[Any, Any]) -> bool:
+    """Whether all keys are names and all values tensors, but for a module's extra state (any object, by contract)."""
+    return any(isinstance(item, Entry) for item in value.values()) and all(
+        isinstance(name, str) and (isinstance(item, Entry) or _is_extra(name)) for name, item in value.items()
+    )
+
+
+def _is_extra(name: str) -> bool:
+    return name.endswith(_EXTRA_STATE)
+
+
+def _without_weights(path: str, found: str) -> CheckpointNotFoundError:
+    return CheckpointNotFoundError(
+        explain(path, expected="a state dict somewhere in it", found=found, todo="Save the model's state_dict().")
+    )
