@@ -12,6 +12,7 @@ computes (concatenates two entries, say), the lazy tensors are read at that poin
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -177,11 +178,11 @@ def _post_hooks(module: Module) -> Iterator[Callable[[], object]]:
 
 def _load_state_dict(module: Module, state: dict[str, Any], metadata: Any) -> Any:
     """The module's own ``load_state_dict``, for what it says of missing and unexpected keys."""
-    if metadata is None:
-        return Module.load_state_dict(module, state, strict=False)
-    with_metadata = _StateDict(state)
-    with_metadata._metadata = metadata
-    return Module.load_state_dict(module, with_metadata, strict=False)
+    torchs_own = inspect.unwrap(Module.load_state_dict)  # below any patch of ours that would bring us here again
+    if metadata is not None:
+        state = _StateDict(state)
+        state._metadata = metadata
+    return torchs_own(module, state, strict=False)
 
 
 class _StateDict(dict[str, Any]):
