@@ -48,7 +48,9 @@ _DTYPE_NAMES: Final = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
     "F4": "float4_e2m1fn_x2",
 }
-_DTYPES: Final[dict[str, torch.dtype]] = {key: getattr(torch, name) for key, name in _DTYPE_NAMES.items() if hasattr(torch, name)}
+_DTYPES: Final[dict[str, torch.dtype]] = {
+    key: getattr(torch, name) for key, name in _DTYPE_NAMES.items() if hasattr(torch, name)
+}
 
 
 class Safetensors:

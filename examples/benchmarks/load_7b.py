@@ -1,0 +1,283 @@
+"""Builds a LLaMA and loads a checkpoint, in Lightning's ways and in ours; time and memory of each.
+
+    python examples/benchmarks/load_7b.py                 # 7B on a GPU; needs 41 GB of disk, and memory to cache it
+    python examples/benchmarks/load_7b.py --model tiny    # the same on anything
+
+Every row runs in a fresh process; the rounds are interleaved. The files were written just before, so they are in the
+page cache. The clock starts with CUDA initialized and libraries imported, and stops when the model is complete on the
+device: construction and loading together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.load import _lazy_load
+from llama import LLaMA
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import nn
+
+from lightning_efficient_init import EfficientInit
+from lightning_efficient_init.memory import PeakMemory
+
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+ACCELERATOR = "cuda" if DEVICE.type == "cuda" else "cpu"
+NUM_SHARDS = 3
+
+
+class Module(L.LightningModule):
+    """The model, as the Trainer wants it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.model = LLaMA.from_name(name)
+
+
+def build_files(name: str, folder: Path) -> None:
+    """Write the same random weights as ``.pth``, as three safetensors shards, and as a Lightning checkpoint."""
+    with DEVICE, torch.random.fork_rng(devices=[]):
+        torch.set_default_dtype(torch.bfloat16)
+        model = LLaMA.from_name(name).cpu()
+        torch.set_default_dtype(torch.float32)
+    weights = model.state_dict()
+    torch.save(weights, folder / "llama.pth")
+    (folder / "sharded").mkdir()
+    weight_map = {}
+    keys = list(weights)
+    for i in range(NUM_SHARDS):
+        part = keys[i * len(keys) // NUM_SHARDS : (i + 1) * len(keys) // NUM_SHARDS]
+        file = f"model-{i + 1:05d}-of-{NUM_SHARDS:05d}.safetensors"
+        save_file({key: weights[key] for key in part}, folder / "sharded" / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "sharded" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    checkpoint = {
+        "state_dict": {f"model.{key}": value for key, value in weights.items()},
+        "hyper_parameters": {"name": name},
+        "pytorch-lightning_version": L.__version__,
+        "global_step": 0,
+        "epoch": 0,
+        "loops": {},
+    }
+    torch.save(checkpoint, folder / "llama.ckpt")
+
+
+def stock_fabric(**kwargs: Any) -> L.Fabric:
+    """Fabric without this package."""
+    return L.Fabric(accelerator=ACCELERATOR, devices=1, precision="bf16-true", **kwargs)
+
+
+def our_fabric() -> L.Fabric:
+    """Fabric with this package."""
+    plugin = EfficientInit("bf16-true")
+    return L.Fabric(accelerator=ACCELERATOR, devices=1, strategy="efficient_init", plugins=[plugin])
+
+
+def trainer(**kwargs: Any) -> L.Trainer:
+    """A quiet Trainer."""
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return L.Trainer(accelerator=ACCELERATOR, devices=1, **quiet, **kwargs)
+
+
+Row = Callable[[str, Path], Iterator[nn.Module | None]]
+ROWS: dict[str, Row] = {}
+
+
+def row(title: str) -> Callable[[Row], Row]:
+    """Register a way to build and load. It yields once when it is set up and again with the model."""
+
+    def register(function: Row) -> Row:
+        ROWS[title] = function
+        return function
+
+    return register
+
+
+@row("Lightning: init_module(empty_init=True), load_raw")
+def _(name: str, folder: Path) -> Iterator[nn.Module | None]:
+    fabric = stock_fabric()
+    yield None
+    with fabric.init_module(empty_init=True):
+        model = LLaMA.from_name(name)
+    fabric.load_raw(folder / "llama.pth", model)
+    yield model
+
+
+@row("Lightning: the same with its lazy loader")
+def _(name: str, folder: Path) -> Iterator[nn.Module | None]:
+    fabric = stock_fabric()
+    yield None
+    with fabric.init_module(empty_init=True):
+        model = LLaMA.from_name(name)
+    state = {key: value._load_tensor() for key, value in _lazy_load(folder / "llama.pth").items()}
+    model.load_state_dict(state)
+    yield model
+
+
+@row("Lightning: the same with torch.load(mmap=True)")
+def _(name: str, folder: Path) -> Iterator[nn.Module | None]:
+    fabric = stock_fabric()
+    yield None
+    with fabric.init_module(empty_init=True):
+        model = LLaMA.from_name(name)
+    model.load_state_dict(torch.load(folder / "llama.pth", mmap=True))
+    yield model
+
+
+@row("ours: init_module(empty_init=True), load_raw of .pth")
+def _(name: str, folder: Path) -> Iterator[nn.Module | None]:
+    fabric = our_fabric()
+    yield None
+    with fabric.init_module(empty_init=True):
+        model = LLaMA.from_name(name)
+    fabric.load_raw(folder / "llama.pth", model)
+    yield model
+
+
+@row("ours: the same from 3 safetensors shards")
+def _(name: str, folder: Path) -> Iterator[nn.Module | None]:
+    fabric = our_fabric()
+    yield None
+    with fabric.init_module(empty_init=True):
+        model = LLaMA.from_name(name)
+    fabric.load_raw(folder / "sharded", model)
+    yield model
+
+
+@row("Lightning: Trainer, load_from_checkpoint")
+def _(name: str, folder: Path) -> Iterator[nn.Module | None]:
+    runner = trainer(precision="bf16-true")
+    yield None
+    with runner.init_module(empty_init=True):
+        model = Module.load_from_checkpoint(folder / "llama.ckpt")
+    yield model.model
+
+
+@row("ours: Trainer, load_from_checkpoint")
+def _(name: str, folder: Path) -> Iterator[nn.Module | None]:
+    runner = trainer(plugins=[EfficientInit("bf16-true")])
+    yield None
+    with runner.init_module(empty_init=True):
+        model = Module.load_from_checkpoint(folder / "llama.ckpt")
+    yield model.model
+
+
+def measure(title: str, name: str, folder: Path, *, check: bool) -> dict[str, Any]:
+    """Run one row in this process."""
+    if DEVICE.type == "cuda":
+        torch.zeros(1, device=DEVICE)
+    steps = ROWS[title](name, folder)
+    next(steps)
+    with PeakMemory([DEVICE], in_background=True) as memory, _stopwatch() as seconds:
+        model = next(steps)
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+    assert model is not None
+    result = {
+        "title": title,
+        "seconds": seconds[0],
+        "device": str(next(model.parameters()).device),
+        "device_bytes": torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0,
+        "host_bytes": memory.host_bytes,
+        "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+    }
+    if check:
+        result["is_equal"] = is_equal(model, torch.load(folder / "llama.pth", mmap=True))
+    return result
+
+
+def is_equal(model: nn.Module, weights: dict[str, torch.Tensor]) -> bool:
+    """Whether the model holds exactly these weights."""
+    state = model.state_dict()
+    return state.keys() == weights.keys() and all(
+        torch.equal(state[key], value.to(state[key].device)) for key, value in weights.items()
+    )
+
+
+@contextmanager
+def _stopwatch() -> Iterator[list[float]]:
+    seconds: list[float] = []
+    started = time.perf_counter()
+    yield seconds
+    seconds.append(time.perf_counter() - started)
+
+
+def run_row(title: str, name: str, folder: Path, *, check: bool) -> dict[str, Any]:
+    """Run one row in a fresh process."""
+    command = [sys.executable, __file__, "--model", name, "--folder", str(folder), "--row", title]
+    output = subprocess.run([*command, *["--check"] * check], check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def print_table(results: dict[str, list[dict[str, Any]]], name: str) -> None:
+    """Median of each row, with the range of its rounds."""
+    weights = next(iter(results.values()))[0]["weight_bytes"]
+    machine = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
+    table = Table(title=f"LLaMA {name}, bf16, {weights / 1e9:.2f} GB; {machine}, torch {torch.__version__}")
+    for heading in ("way", "seconds", "range", "GB/s", "device peak, GB", "host growth, GB", "ends on", "equal"):
+        table.add_column(heading)
+    for title, rounds in results.items():
+        seconds = [r["seconds"] for r in rounds]
+        median = statistics.median(seconds)
+        table.add_row(
+            title,
+            f"{median:.2f}",
+            f"{min(seconds):.2f}-{max(seconds):.2f}",
+            f"{weights / median / 1e9:.1f}",
+            f"{max(r['device_bytes'] for r in rounds) / 1e9:.2f}",
+            f"{max(r['host_bytes'] for r in rounds) / 1e9:.2f}",
+            rounds[0]["device"],
+            str(rounds[0]["is_equal"]),
+        )
+    Console(width=160).print(table)
+
+
+def main() -> None:
+    """Measure all rows, or one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="7B", choices=["tiny", "1B", "7B"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", help="run only the rows whose title contains this")
+    parser.add_argument("--folder", type=Path, help="where the files are, or go; by default a temporary folder")
+    parser.add_argument("--json", type=Path, help="also write all measurements here")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    parser.add_argument("--build", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.build:
+        build_files(args.model, args.folder)
+        return
+    if args.row:
+        warnings.simplefilter("ignore")
+        logging.getLogger("lightning").setLevel(logging.ERROR)
+        print(json.dumps(measure(args.row, args.model, args.folder, check=args.check)))
+        return
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        subprocess.run([sys.executable, __file__, "--model", args.model, "--folder", folder, "--build"], check=True)
+        results: dict[str, list[dict[str, Any]]] = {title: [] for title in ROWS if args.only in title}
+        for i in range(args.rounds):
+            for title, rounds in results.items():
+                rounds.append(run_row(title, args.model, Path(folder), check=i == 0))
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1))
+    print_table(results, args.model)
+
+
+if __name__ == "__main__":
+    main()
