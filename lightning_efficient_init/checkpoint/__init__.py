@@ -9,6 +9,7 @@ One file per format (`torch_zip.py`, `torch_legacy.py`, `safetensors.py`, `huggi
 from lightning_efficient_init.checkpoint.entry import Entry
 from lightning_efficient_init.checkpoint.format import CheckpointFormat, CheckpointTree
 from lightning_efficient_init.checkpoint.index import FORMATS, CheckpointIndex, index_checkpoint, index_tree
+from lightning_efficient_init.checkpoint.lazy import LazyTensor, lazy_tree, read_entry
 from lightning_efficient_init.checkpoint.tree import map_leaves
 from lightning_efficient_init.checkpoint.weights import Weights, weights_of
 
@@ -18,9 +19,12 @@ __all__ = [
     "CheckpointIndex",
     "CheckpointTree",
     "Entry",
+    "LazyTensor",
     "Weights",
     "index_checkpoint",
     "index_tree",
+    "lazy_tree",
     "map_leaves",
+    "read_entry",
     "weights_of",
 ]

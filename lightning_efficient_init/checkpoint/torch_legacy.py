@@ -26,7 +26,7 @@ from lightning_efficient_init.errors import CorruptCheckpointError, UnsupportedC
 MAGIC: Final = 0x1950A86A20F9469CFC6C
 _MAGIC_BYTES: Final = MAGIC.to_bytes(10, "little")
 _VERSION: Final = 1001
-_FIRST_BYTES: Final = 1 << 22
+_FIRST_BYTES: Final = 1 << 24
 
 
 class LegacyTorch:

@@ -92,6 +92,6 @@ def _refusal_of(tensor: torch.Tensor) -> str | None:
         return "a nested tensor" if tensor.is_nested else "a quantized tensor"
     if tensor.is_conj() or tensor.is_neg():
         return "a lazy conjugate or negative view (call resolve_conj() or resolve_neg())"
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         return f"a tensor subclass ({type(tensor).__qualname__})"
     return None

@@ -75,7 +75,7 @@ class ZipArchive:
             CorruptCheckpointError: The header is damaged, contradicts the directory, or the data reaches into it.
         """
         size = _LOCAL.size + len(member.name)
-        header = self.file.read(member.header_offset, size, f"the header of {_shown(member)}")
+        header = self.file.read(member.header_offset, size, "the header of a zip member")
         magic, _, flags, method, _, _, _, packed, unpacked, name_len, extra_len = _LOCAL.unpack_from(header)
         if magic != MAGIC or method != 0 or flags & _ENCRYPTED or header[_LOCAL.size :] != member.name:
             raise self._corrupt(f"a local header of {_shown(member)} at {member.header_offset}", "another one, or none")
@@ -101,7 +101,7 @@ class ZipArchive:
         if flags & _SIZES_FOLLOW and sizes == (0, 0):
             return
         if _USE_ZIP64 in sizes:
-            extra = self.file.read(extra_offset, extra_len, f"the header of {_shown(member)}")
+            extra = self.file.read(extra_offset, extra_len, "the header of a zip member")
             unpacked, packed = self._widen(extra, sizes)
             sizes = unpacked, packed
             if flags & _SIZES_FOLLOW and sizes == (0, 0):
