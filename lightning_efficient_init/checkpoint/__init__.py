@@ -1,9 +1,10 @@
 """Reading checkpoints: from a file or folder to an index of where each tensor's bytes are.
 
-    path -> format (index.py) -> tree of entries -> weights (weights.py)
+path -> format (index.py) -> tree of entries -> weights (weights.py)
 
 One file per format (`torch_zip.py`, `torch_legacy.py`, `safetensors.py`, `huggingface.py`), each an instance of
-`CheckpointFormat` named in one line of `index.py`. Nothing here reads a tensor, but for `read_entry` and `LazyTensor`.
+`CheckpointFormat` named in one line of `index.py`. Nothing here reads a tensor, but for `read_entry` and
+`LazyTensor`.
 """
 
 from lightning_efficient_init.checkpoint.entry import Entry

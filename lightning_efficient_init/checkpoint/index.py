@@ -37,9 +37,11 @@ class CheckpointIndex:
         path: What was asked for.
         format: Name of the format, such as "torch zip" or "safetensors".
         files: Absolute paths of all files that make up the checkpoint.
-        tree: The checkpoint's object as it was saved, with an `Entry` in place of every tensor; containers keep their types.
+        tree: The checkpoint's object as it was saved, with an `Entry` in place of every tensor; containers keep
+            their types.
         weights: The model's weights: key to `Entry`, or to another object for ``_extra_state`` keys.
-        weights_key: Where in the tree they are: "state_dict" (Lightning), "model" or another key (Fabric), None (the tree itself).
+        weights_key: Where in the tree they are: "state_dict" (Lightning), "model" or another key (Fabric), None (the
+            tree itself).
         weights_metadata: ``_metadata`` of the state dict (module versions), or None.
     """
 
@@ -77,7 +79,7 @@ def index_checkpoint(
 
 
 def index_tree(path: str | os.PathLike[str], *, weights_only: bool = True) -> CheckpointTree:
-    """Indexes a checkpoint without choosing what its weights are; see `weights_of`. Raises as `index_checkpoint` does."""
+    """Indexes a checkpoint without choosing what its weights are (see `weights_of`); raises as `index_checkpoint`."""
     asked = os.fspath(path)
     absolute = os.path.abspath(asked)
     head = _read_head(absolute)

@@ -1,13 +1,14 @@
 """Tensors that are still in their file: they look like tensors, and are read when someone looks at their values.
 
 User hooks such as ``LightningModule.on_load_checkpoint`` get the whole checkpoint and may do anything with it. A
-`LazyTensor` lets them: shape, dtype and device cost nothing, every operation reads the bytes at that moment and runs on a
-real tensor. Nothing read is kept, with one exception. An operation that writes, or that gives out a view through
-which someone may write later (``sd["w"][0] = 0``), must find its bytes again, so the tensor it read stays with the
-`LazyTensor`; its version counter then tells whether anyone wrote, and so whether the entry still says what the tensor holds.
+`LazyTensor` lets them: shape, dtype and device cost nothing, every operation reads the bytes at that moment and
+runs on a real tensor. Nothing read is kept, with one exception. An operation that writes, or that gives out a view
+through which someone may write later (``sd["w"][0] = 0``), must find its bytes again, so the tensor it read stays
+with the `LazyTensor`; its version counter then tells whether anyone wrote, and so whether the entry still says what
+the tensor holds.
 
-Decided against: reading at the first access and keeping all (a hook that prints norms would bring the checkpoint into
-memory); refusing to write (hooks that edit weights in place are documented usage).
+Decided against: reading at the first access and keeping all (a hook that prints norms would bring the checkpoint
+into memory); refusing to write (hooks that edit weights in place are documented usage).
 """
 
 from __future__ import annotations
@@ -41,19 +42,53 @@ _ESCAPES: Final = frozenset(
 _ABOUT: Final = frozenset(
     {
         getattr(torch.Tensor, name).__get__
-        for name in (
-            "shape dtype device layout ndim requires_grad is_leaf grad grad_fn nbytes itemsize output_nr "
-            "is_cpu is_cuda is_meta is_sparse is_quantized is_nested _backward_hooks"
-        ).split()
+        for name in [
+            "shape",
+            "dtype",
+            "device",
+            "layout",
+            "ndim",
+            "requires_grad",
+            "is_leaf",
+            "grad",
+            "grad_fn",
+            "nbytes",
+            "itemsize",
+            "output_nr",
+            "is_cpu",
+            "is_cuda",
+            "is_meta",
+            "is_sparse",
+            "is_quantized",
+            "is_nested",
+            "_backward_hooks",
+        ]
     }
     | {
         getattr(torch.Tensor, name)
-        for name in (
-            "size dim numel nelement ndimension stride storage_offset element_size is_contiguous is_floating_point "
-            "is_complex is_conj is_neg is_signed get_device __len__ __hash__ detach requires_grad_"
-        ).split()
+        for name in [
+            "size",
+            "dim",
+            "numel",
+            "nelement",
+            "ndimension",
+            "stride",
+            "storage_offset",
+            "element_size",
+            "is_contiguous",
+            "is_floating_point",
+            "is_complex",
+            "is_conj",
+            "is_neg",
+            "is_signed",
+            "get_device",
+            "__len__",
+            "__hash__",
+            "detach",
+            "requires_grad_",
+        ]
     }
-    | {torch.Tensor.requires_grad.__set__, torch.Tensor.grad.__set__}  # type: ignore[attr-defined]
+    | {getattr(torch.Tensor, name).__set__ for name in ("requires_grad", "grad")}
     | {torch.is_floating_point, torch.is_complex, torch.numel, torch.detach}
 )
 
@@ -69,14 +104,14 @@ class LazyTensor(torch.Tensor):
     _source: _Source
 
     @staticmethod
-    def __new__(cls, entry: Entry, device: torch.device | str = "cpu") -> LazyTensor:
+    def __new__(cls: type[LazyTensor], entry: Entry, device: torch.device | str = "cpu") -> LazyTensor:
         """Makes one without memory."""
         return cls._of(_Source(entry, torch.device(device)))
 
     @classmethod
     def _of(cls, source: _Source) -> LazyTensor:
         entry = source.entry
-        tensor: LazyTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        tensor: LazyTensor = torch.Tensor._make_wrapper_subclass(
             cls, entry.shape, strides=entry.stride, dtype=entry.dtype, device=source.device
         )
         tensor._source = source
@@ -84,7 +119,7 @@ class LazyTensor(torch.Tensor):
 
     @property
     def entry(self) -> Entry | None:
-        """The tensor in the file; None once someone may have written to this tensor, so that only `read` has its values."""
+        """The tensor in the file; None once someone may have written to it, so that only `read` has its values."""
         return None if self._source.is_written() else self._source.entry
 
     def read(self) -> torch.Tensor:
@@ -104,7 +139,7 @@ class LazyTensor(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Runs operations that C++ calls, below the layer that counts versions: what gives out memory escapes."""
@@ -120,7 +155,7 @@ class LazyTensor(torch.Tensor):
         return copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.read().__reduce_ex__(protocol)
+        return self.read().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 class _Source:
@@ -175,7 +210,7 @@ def _run(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
     if other.layout is not torch.strided or isinstance(other, LazyTensor):
         return False
-    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+    return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
 
 
 def read_entry(entry: Entry, device: torch.device | str = "cpu") -> torch.Tensor:

@@ -1,27 +1,29 @@
 """Unpickling a checkpoint without running code from it.
 
-A pickle is a program for a small stack machine. Two of its instructions are dangerous: GLOBAL fetches any importable
-object by name, and REDUCE calls what is on the stack. torch answers with an unpickler of its own, in Python
-(``torch/_weights_only_unpickler.py``), which fetches and calls only what a table allows. This one follows the same
-rules and goes one step further: **what it calls is never torch**. Where the table says ``_rebuild_tensor_v2``, a stand-in
-of three lines notes storage, offset, shape and stride in a `StoredTensor`; `tensors.py` checks these numbers when the whole
-tree is known, and can then say which tensor is wrong.
+A pickle is a program for a small stack machine. Two of its instructions are dangerous: GLOBAL fetches any
+importable object by name, and REDUCE calls what is on the stack. torch answers with an unpickler of its own, in
+Python (``torch/_weights_only_unpickler.py``), which fetches and calls only what a table allows. This one follows
+the same rules and goes one step further: **what it calls is never torch**. Where the table says
+``_rebuild_tensor_v2``, a stand-in of three lines notes storage, offset, shape and stride in a `StoredTensor`;
+`tensors.py` checks these numbers when the whole tree is known, and can then say which tensor is wrong.
 
 What follows from it:
 
-- No tensor is made from unchecked numbers, and nothing the size of the checkpoint, or of what a hostile file claims it to
-  be, is allocated: ``bytearray(1 << 40)`` or ``torch.Tensor(1 << 40)``, which torch's table allows, are refused here.
+- No tensor is made from unchecked numbers, and nothing the size of the checkpoint, or of what a hostile file claims
+  it to be, is allocated: ``bytearray(1 << 40)`` or ``torch.Tensor(1 << 40)``, which torch's table allows, are
+  refused here.
 - Sparse, quantized and nested tensors become notes too, and are refused by name instead of failing in a kernel.
-- It is twice as fast as a meta load (100,000 tensors: see ``tests/checkpoint``), and the same on every torch from 2.6 on.
+- It is twice as fast as a meta load (100,000 tensors: see ``tests/checkpoint``), and the same on every torch from
+  2.6 on.
 
-``torch.serialization.add_safe_globals`` is honoured exactly as torch does: those classes and functions are called. Two more
-guards against files made to hang or to fill memory: dictionary keys are plain values (hashing a tuple of shared tuples takes
-exponential time), and a program may have only so many instructions.
+``torch.serialization.add_safe_globals`` is honoured exactly as torch does: those classes and functions are called.
+Two more guards against files made to hang or to fill memory: dictionary keys are plain values (hashing a tuple of
+shared tuples takes exponential time), and a program may have only so many instructions.
 
-Decided against: the C unpickler with a strict ``find_class`` (several times faster still, but BUILD sets attributes of any
-object without asking, and one LONG_BINPUT makes it allocate 32 GB); torch's unpickler with ``map_location="meta"``
-(makes the tensors first and asks later; forgets aliases; fails on quantized tensors without naming them; knows no legacy
-offsets).
+Decided against: the C unpickler with a strict ``find_class`` (several times faster still, but BUILD sets attributes
+of any object without asking, and one LONG_BINPUT makes it allocate 32 GB); torch's unpickler with
+``map_location="meta"`` (makes the tensors first and asks later; forgets aliases; fails on quantized tensors without
+naming them; knows no legacy offsets).
 
 Opting in to arbitrary code (``weights_only=False``) takes the standard unpickler, see `trusted.py`.
 """
@@ -105,13 +107,13 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> StoredTensor:
     return StoredTensor(storage, offset, shape, stride)
 
 
-def _tensor_v2(
+def _tensor_v2(  # noqa: PLR0917
     storage: Any, offset: Any, shape: Any, stride: Any, requires_grad: Any, hooks: Any, metadata: Any = None
 ) -> StoredTensor:
     return StoredTensor(storage, offset, shape, stride, None, _refusal_of(metadata))
 
 
-def _tensor_v3(
+def _tensor_v3(  # noqa: PLR0917
     storage: Any, offset: Any, shape: Any, stride: Any, requires_grad: Any, hooks: Any, dtype: Any, metadata: Any = None
 ) -> StoredTensor:
     return StoredTensor(storage, offset, shape, stride, dtype, _refusal_of(metadata))
@@ -290,7 +292,7 @@ class SafeUnpickler:
                 )
             ) from error
 
-    def _run(self) -> Any:  # noqa: PLR0912
+    def _run(self) -> Any:
         """Runs instructions until the last one.
 
         Eleven of the 28 instructions that describe a tensor are written out here, ordered by how often they come, and
