@@ -1,14 +1,16 @@
 """Reading checkpoints: from a file or folder to an index of where each tensor's bytes are.
 
-    path -> format (index.py) -> tree of entries -> weights (weights.py)
+path -> format (index.py) -> tree of entries -> weights (weights.py)
 
 One file per format (`torch_zip.py`, `torch_legacy.py`, `safetensors.py`, `huggingface.py`), each an instance of
-`CheckpointFormat` named in one line of `index.py`. Nothing here reads a tensor, but for `read_entry` and `LazyTensor`.
+`CheckpointFormat` named in one line of `index.py`. Nothing here reads a tensor, but for `read_entry` and
+`LazyTensor`.
 """
 
 from lightning_efficient_init.checkpoint.entry import Entry
 from lightning_efficient_init.checkpoint.format import CheckpointFormat, CheckpointTree
 from lightning_efficient_init.checkpoint.index import FORMATS, CheckpointIndex, index_checkpoint, index_tree
+from lightning_efficient_init.checkpoint.lazy import LazyTensor, lazy_tree, read_entry
 from lightning_efficient_init.checkpoint.tree import map_leaves
 from lightning_efficient_init.checkpoint.weights import Weights, weights_of
 
@@ -18,9 +20,12 @@ __all__ = [
     "CheckpointIndex",
     "CheckpointTree",
     "Entry",
+    "LazyTensor",
     "Weights",
     "index_checkpoint",
     "index_tree",
+    "lazy_tree",
     "map_leaves",
+    "read_entry",
     "weights_of",
 ]

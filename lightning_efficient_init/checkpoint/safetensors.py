@@ -1,8 +1,9 @@
 """Safetensors files: eight bytes of length, a JSON header of that length, then the tensors back to back.
 
-The header is read here rather than through the safetensors package, which does not tell positions in the file. The checks
-are those of its reference reader: each tensor starts where the one before it ends, the last one ends the file, and
-every size is what dtype and shape make it. The free text under ``__metadata__`` is no tensor and does not appear in the tree.
+The header is read here rather than through the safetensors package, which does not tell positions in the file. The
+checks are those of its reference reader: each tensor starts where the one before it ends, the last one ends the
+file, and every size is what dtype and shape make it. The free text under ``__metadata__`` is no tensor and does not
+appear in the tree.
 
 The format: https://github.com/huggingface/safetensors#format.
 """

@@ -94,14 +94,11 @@ def _entry(tensor: StoredTensor, path: Path, file: str, locate: Callable[[Stored
     dtype = storage.dtype if tensor.dtype is None else tensor.dtype
     if not isinstance(dtype, torch.dtype):
         raise _corrupt(file, path, "an element type", shorten(repr(dtype)))
-    if not (_are_sizes(shape) and _are_sizes(stride) and len(shape) == len(stride) and _are_sizes((offset,))):
-        raise _corrupt(
-            file,
-            path,
-            "sizes, strides and an offset that are not negative",
-            shorten(f"shape {shape!r}, stride {stride!r}, offset {offset!r}"),
-        )
-    end_bytes = (offset + _reach(shape, stride)) * dtype.itemsize
+    reach = _reach(shape, stride, offset)
+    if reach is None:
+        found = shorten(f"shape {shape!r}, stride {stride!r}, offset {offset!r}")
+        raise _corrupt(file, path, "sizes, strides and an offset that are not negative", found)
+    end_bytes = reach * dtype.itemsize
     if end_bytes > storage.num_bytes or math.prod(shape) * dtype.itemsize > _MAX_SIZE:
         raise _corrupt(
             file,
@@ -129,17 +126,19 @@ class StorageError(Exception):
         self.found = found
 
 
-def _are_sizes(values: Any) -> bool:
-    if type(values) not in (tuple, list, torch.Size) or len(values) > _MAX_DIMS:
-        return False
-    return all(type(value) is int and 0 <= value <= _MAX_SIZE for value in values)
-
-
-def _reach(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """Elements from a tensor's first one to the end of its last one."""
-    if 0 in shape:
-        return 0
-    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+def _reach(shape: Any, stride: Any, offset: Any) -> int | None:
+    """Elements from the start of the storage to the end of a tensor's last element; None if these are no sizes."""
+    sizes_or_steps = (tuple, list, torch.Size)
+    if type(shape) not in sizes_or_steps or type(stride) not in sizes_or_steps or len(shape) > _MAX_DIMS:
+        return None
+    if len(shape) != len(stride) or type(offset) is not int or not 0 <= offset <= _MAX_SIZE:
+        return None
+    reach = offset + 1
+    for size, step in zip(shape, stride, strict=True):
+        if type(size) is not int or type(step) is not int or not (0 <= size <= _MAX_SIZE and 0 <= step <= _MAX_SIZE):
+            return None
+        reach += (size - 1) * step
+    return offset if 0 in shape else reach
 
 
 def _corrupt(file: str, path: Path, expected: str, found: str) -> CorruptCheckpointError:

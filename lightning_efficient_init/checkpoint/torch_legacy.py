@@ -1,8 +1,8 @@
 """Checkpoints of ``torch.save`` before torch 1.6, or with ``_use_new_zipfile_serialization=False``.
 
 Five pickles in a row (a magic number, a version, the machine, the object, the storages' keys), then the storages in
-the order of the keys, each one its number of elements (int64) and its bytes. Where a storage is follows from the sizes of
-those before it, and these from the element types that the object's pickle gives them.
+the order of the keys, each one its number of elements (int64) and its bytes. Where a storage is follows from the
+sizes of those before it, and these from the element types that the object's pickle gives them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lightning_efficient_init.errors import CorruptCheckpointError, UnsupportedC
 MAGIC: Final = 0x1950A86A20F9469CFC6C
 _MAGIC_BYTES: Final = MAGIC.to_bytes(10, "little")
 _VERSION: Final = 1001
-_FIRST_BYTES: Final = 1 << 22
+_FIRST_BYTES: Final = 1 << 24
 
 
 class LegacyTorch:

@@ -1,8 +1,9 @@
 """Unpickling with all that a pickle can do, for files whose author is trusted (``weights_only=False``).
 
-The standard unpickler runs what the file says. Tensors are made by torch itself, on the meta device, so that whatever
-code the file brings finds tensors where it expects them; which storage of the file each one belongs to is remembered by the
-storage's identity. Afterwards the tensors are described as the restricted unpickler describes them.
+The standard unpickler runs what the file says. Tensors are made by torch itself, on the meta device, so that
+whatever code the file brings finds tensors where it expects them; which storage of the file each one belongs to is
+remembered by the storage's identity. Afterwards the tensors are described as the restricted unpickler describes
+them.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ class _TrustingUnpickler(pickle.Unpickler):
         key = (stored.key, stored.view_offset, stored.num_bytes, stored.dtype)
         if key not in self._by_key:
             storage = torch.UntypedStorage(stored.num_bytes, device="meta")  # type: ignore[no-untyped-call]
-            self._by_key[key] = torch.storage.TypedStorage(wrap_storage=storage, dtype=stored.dtype, _internal=True)
+            self._by_key[key] = torch.storage.TypedStorage(  # type: ignore[no-untyped-call]
+                wrap_storage=storage, dtype=stored.dtype, _internal=True
+            )
             self._stored[storage._cdata] = stored
         return self._by_key[key]
 
@@ -92,6 +95,6 @@ def _refusal_of(tensor: torch.Tensor) -> str | None:
         return "a nested tensor" if tensor.is_nested else "a quantized tensor"
     if tensor.is_conj() or tensor.is_neg():
         return "a lazy conjugate or negative view (call resolve_conj() or resolve_neg())"
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         return f"a tensor subclass ({type(tensor).__qualname__})"
     return None

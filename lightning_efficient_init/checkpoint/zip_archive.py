@@ -3,16 +3,17 @@
 How a zip is laid out: each member is a *local header* (30 bytes, then its name, then an *extra field*) followed by
 its data; after the last member comes the *central directory*, one record for each member, which states the position
 of the local header; at the very end a record says where the directory is. The data's position stands nowhere. It
-follows from the local header's own name and extra lengths, and these differ from the directory's: torch pads the local
-extra field so that data is aligned to 64 bytes, and a member that needs 64-bit sizes carries an extra zip64 field there.
+follows from the local header's own name and extra lengths, and these differ from the directory's: torch pads the
+local extra field so that data is aligned to 64 bytes, and a member that needs 64-bit sizes carries an extra zip64
+field there.
 
 Members are stored, never deflated, in every file that torch writes. Deflated ones would give wrong positions
-silently, so they are refused, as is anything on which a local header and the directory disagree: readers that believe
-one and readers that believe the other would see different files.
+silently, so they are refused, as is anything on which a local header and the directory disagree: readers that
+believe one and readers that believe the other would see different files.
 
-Decided against: the standard library's ``zipfile`` (7 times slower on 100,000 members, tolerant of leading and trailing
-junk, and blind to local headers until a member is opened); ``torch.PyTorchFileReader`` (a private name, reads and
-checksums, and aborts the conversation with C++ messages).
+Decided against: the standard library's ``zipfile`` (7 times slower on 100,000 members, tolerant of leading and
+trailing junk, and blind to local headers until a member is opened); ``torch.PyTorchFileReader`` (a private name,
+reads and checksums, and aborts the conversation with C++ messages).
 
 The format: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT, 4.3.
 """
@@ -75,7 +76,7 @@ class ZipArchive:
             CorruptCheckpointError: The header is damaged, contradicts the directory, or the data reaches into it.
         """
         size = _LOCAL.size + len(member.name)
-        header = self.file.read(member.header_offset, size, f"the header of {_shown(member)}")
+        header = self.file.read(member.header_offset, size, "the header of a zip member")
         magic, _, flags, method, _, _, _, packed, unpacked, name_len, extra_len = _LOCAL.unpack_from(header)
         if magic != MAGIC or method != 0 or flags & _ENCRYPTED or header[_LOCAL.size :] != member.name:
             raise self._corrupt(f"a local header of {_shown(member)} at {member.header_offset}", "another one, or none")
@@ -101,7 +102,7 @@ class ZipArchive:
         if flags & _SIZES_FOLLOW and sizes == (0, 0):
             return
         if _USE_ZIP64 in sizes:
-            extra = self.file.read(extra_offset, extra_len, f"the header of {_shown(member)}")
+            extra = self.file.read(extra_offset, extra_len, "the header of a zip member")
             unpacked, packed = self._widen(extra, sizes)
             sizes = unpacked, packed
             if flags & _SIZES_FOLLOW and sizes == (0, 0):
@@ -131,7 +132,7 @@ class ZipArchive:
         return offset, num_bytes, num_members
 
     def _read_end64(self, end: int) -> tuple[int, tuple[int, ...]] | None:
-        """Gives the position and fields of the 64-bit end record, which torch writes before the other one at ``end``."""
+        """Gives position and fields of the 64-bit end record, which torch writes before the other one at ``end``."""
         start = end - _END64_LOCATOR.size
         if start < 0:
             return None

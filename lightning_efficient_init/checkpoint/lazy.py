@@ -1,0 +1,253 @@
+"""Tensors that are still in their file: they look like tensors, and are read when someone looks at their values.
+
+User hooks such as ``LightningModule.on_load_checkpoint`` get the whole checkpoint and may do anything with it. A
+`LazyTensor` lets them: shape, dtype and device cost nothing, every operation reads the bytes at that moment and
+runs on a real tensor. Nothing read is kept, with one exception. An operation that writes, or that gives out a view
+through which someone may write later (``sd["w"][0] = 0``), must find its bytes again, so the tensor it read stays
+with the `LazyTensor`; its version counter then tells whether anyone wrote, and so whether the entry still says what
+the tensor holds.
+
+Decided against: reading at the first access and keeping all (a hook that prints norms would bring the checkpoint
+into memory); refusing to write (hooks that edit weights in place are documented usage).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lightning_efficient_init.checkpoint.entry import Entry
+from lightning_efficient_init.checkpoint.file import CheckpointFile
+from lightning_efficient_init.checkpoint.tree import map_leaves
+
+# What these give out shares memory without sharing a version counter: nobody would know of a write.
+_ESCAPES: Final = frozenset(
+    {
+        torch.Tensor.numpy,
+        torch.Tensor.__array__,
+        torch.Tensor.__dlpack__,
+        torch.Tensor.data_ptr,
+        torch.Tensor.untyped_storage,
+        torch.Tensor.storage,
+        torch.Tensor._typed_storage,
+        torch.Tensor.data.__get__,  # type: ignore[attr-defined]
+    }
+)
+
+# What these tell is known without the values.
+_ABOUT: Final = frozenset(
+    {
+        getattr(torch.Tensor, name).__get__
+        for name in [
+            "shape",
+            "dtype",
+            "device",
+            "layout",
+            "ndim",
+            "requires_grad",
+            "is_leaf",
+            "grad",
+            "grad_fn",
+            "nbytes",
+            "itemsize",
+            "output_nr",
+            "is_cpu",
+            "is_cuda",
+            "is_meta",
+            "is_sparse",
+            "is_quantized",
+            "is_nested",
+            "_backward_hooks",
+        ]
+    }
+    | {
+        getattr(torch.Tensor, name)
+        for name in [
+            "size",
+            "dim",
+            "numel",
+            "nelement",
+            "ndimension",
+            "stride",
+            "storage_offset",
+            "element_size",
+            "is_contiguous",
+            "is_floating_point",
+            "is_complex",
+            "is_conj",
+            "is_neg",
+            "is_signed",
+            "get_device",
+            "__len__",
+            "__hash__",
+            "detach",
+            "requires_grad_",
+        ]
+    }
+    | {getattr(torch.Tensor, name).__set__ for name in ("requires_grad", "grad")}
+    | {torch.is_floating_point, torch.is_complex, torch.numel, torch.detach}
+)
+
+
+class LazyTensor(torch.Tensor):
+    """Stands for an entry of a checkpoint; any operation reads it.
+
+    Args:
+        entry: The tensor in the file.
+        device: Where operations find the real tensor.
+    """
+
+    _source: _Source
+
+    @staticmethod
+    def __new__(cls: type[LazyTensor], entry: Entry, device: torch.device | str = "cpu") -> LazyTensor:
+        """Makes one without memory."""
+        return cls._of(_Source(entry, torch.device(device)))
+
+    @classmethod
+    def _of(cls, source: _Source) -> LazyTensor:
+        entry = source.entry
+        tensor: LazyTensor = torch.Tensor._make_wrapper_subclass(
+            cls, entry.shape, strides=entry.stride, dtype=entry.dtype, device=source.device
+        )
+        tensor._source = source
+        return tensor
+
+    @property
+    def entry(self) -> Entry | None:
+        """The tensor in the file; None once someone may have written to it, so that only `read` has its values."""
+        return None if self._source.is_written() else self._source.entry
+
+    def read(self) -> torch.Tensor:
+        """Gives the real tensor, on the device."""
+        return self._source.read()
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs whatever Python calls on tensors."""
+        if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
+            raise TypeError("a tensor of a checkpoint takes no new data: put a new tensor in its place")
+        if func not in _ABOUT:
+            return _run(func, args, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs operations that C++ calls, below the layer that counts versions: what gives out memory escapes."""
+        if func is torch.ops.aten.detach.default:
+            return cls._of(args[0]._source)
+        gives_out_memory = any(argument.alias_info is not None for argument in func._schema.arguments)
+        read = _Source.escape if gives_out_memory else _Source.read
+        args, kwargs = tree_map_only(LazyTensor, lambda lazy: read(lazy._source), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        copy = memo[id(self)] = self.read().clone()
+        return copy
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.read().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+class _Source:
+    """Where the values of a `LazyTensor`, and of its detached twins, come from."""
+
+    def __init__(self, entry: Entry, device: torch.device) -> None:
+        self.entry = entry
+        self.device = device
+        self._kept: torch.Tensor | None = None
+        self._version = 0
+        self._escaped = False
+
+    def read(self) -> torch.Tensor:
+        return read_entry(self.entry, self.device) if self._kept is None else self._kept
+
+    def keep(self, real: torch.Tensor, version: int) -> None:
+        """From now on gives this memory, whose version was that when it held what is in the file."""
+        if self._kept is None:
+            self._kept, self._version = real, version
+
+    def escape(self) -> torch.Tensor:
+        """Gives memory to someone whose writes cannot be noticed."""
+        self._escaped = True
+        self._kept = self.read()
+        return self._kept
+
+    def is_written(self) -> bool:
+        return self._escaped or (self._kept is not None and self._kept._version != self._version)
+
+
+def _run(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Calls a function on real tensors, and keeps those that it wrote to or gave out."""
+    used: dict[_Source, tuple[LazyTensor, torch.Tensor, int]] = {}
+
+    def real_of(lazy: LazyTensor) -> torch.Tensor:
+        source = lazy._source
+        if source not in used:
+            real = source.escape() if func in _ESCAPES else source.read()
+            used[source] = lazy, real, real._version
+        return used[source][1]
+
+    args, kwargs = tree_map_only(LazyTensor, real_of, (args, kwargs))
+    result = func(*args, **kwargs)
+    tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+    for source, (_, real, version) in used.items():
+        if real._version != version or any(_share_memory(real, tensor) for tensor in tensors):
+            source.keep(real, version)
+    lazies = {id(real): lazy for lazy, real, _ in used.values()}  # `x.float()` of a float tensor is x
+    return tree_map_only(torch.Tensor, lambda tensor: lazies.get(id(tensor), tensor), result)
+
+
+def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if other.layout is not torch.strided or isinstance(other, LazyTensor):
+        return False
+    return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
+
+
+def read_entry(entry: Entry, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Reads one tensor, with the strides it was saved with.
+
+    Args:
+        entry: The tensor in the file.
+        device: Where it ends up.
+
+    Raises:
+        CorruptCheckpointError: The file is shorter than when it was indexed.
+        CheckpointReadError: The operating system failed, also when asked again.
+    """
+    with torch.inference_mode(mode=False):
+        if torch.device(device).type == "meta" or entry.numel == 0:
+            return torch.empty_strided(entry.shape, entry.stride, dtype=entry.dtype, device=device)
+        flat = torch.empty(entry.extent_bytes, dtype=torch.uint8, device="cpu")
+        with CheckpointFile(entry.file) as file:
+            file.read_into(_memory_of(flat), entry.offset, "a tensor")
+        return flat.to(device).view(entry.dtype).as_strided(entry.shape, entry.stride)
+
+
+def lazy_tree(tree: Any, device: torch.device | str = "cpu") -> Any:
+    """Copies a checkpoint's tree with a `LazyTensor` in place of every `Entry`; equal entries become one object.
+
+    Tensors that only overlap in the file are read each on its own.
+    """
+    made: dict[Entry, LazyTensor] = {}
+
+    def make(entry: Entry, _: Any) -> LazyTensor:
+        if entry not in made:
+            made[entry] = LazyTensor(entry, device)
+        return made[entry]
+
+    return map_leaves(tree, Entry, make)
+
+
+def _memory_of(flat: torch.Tensor) -> memoryview:
+    """Gives the memory of a tensor of bytes on the CPU, without the need for NumPy."""
+    return memoryview((ctypes.c_char * flat.numel()).from_address(flat.data_ptr())).cast("B")
