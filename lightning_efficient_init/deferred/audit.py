@@ -1,0 +1,157 @@
+"""Empty memory: how it is recognized, and what becomes of it at first use.
+
+`allocate` writes a *canary* into new memory: four values that no initializer yields and no training reaches, at the
+start, at the end and between. As long as all of them are there nobody has written, whichever way he would have:
+``load_state_dict``, ``copy_``, ``.data``, a loader of ours, a move to another device or dtype and back. Looking costs
+one gather and one comparison for all parameters of a device and dtype. The recipe waits in the parameter object.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from lightning_efficient_init.deferred import parameter
+from lightning_efficient_init.deferred.recipe import Recipe, Ref, recipe_of
+from lightning_efficient_init.deferred.replay import evaluate
+
+_RECIPE = "_efficient_init_empty"
+_PROBES = 4
+# Exact in bfloat16 (8 bits) and float16 (up to 65504), so a cast keeps them.
+_CANARY = (-60928.0, 47360.0, -51712.0, 64256.0)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class UninitializedParameterWarning(UserWarning):
+    """Parameters that nothing had written were initialized by their recipes at first use."""
+
+
+def allocate(groups: dict[Recipe, list[torch.Tensor]]) -> None:
+    """Give deferred tensors, by recipe, memory with a canary; what cannot hold a canary gets its values."""
+    valued = [recipe for recipe, tensors in groups.items() if not all(_can_be_empty(t) for t in tensors)]
+    memory = evaluate(valued)
+    empty: list[torch.Tensor] = []
+    for recipe, tensors in groups.items():
+        storage = memory.get(recipe)
+        if storage is None:
+            storage = torch.UntypedStorage(recipe.num_bytes, device=recipe.device)
+            refs = [Ref.to(tensor, recipe) for tensor in tensors]
+            parameter.give_memory(tensors, storage)
+            for tensor, ref in zip(tensors, refs, strict=True):
+                tensor.__dict__[_RECIPE] = ref
+            empty += tensors[:1]
+        else:
+            parameter.give_memory(tensors, storage)
+    for probes, canary in _batches(_by_kind(empty)):
+        torch._foreach_copy_(probes, [canary] * len(probes))
+
+
+def recipe_of_empty(tensor: torch.Tensor) -> Recipe | None:
+    """The recipe of a tensor that `allocate` gave memory."""
+    ref = tensor.__dict__.get(_RECIPE)
+    return ref.recipe if ref is not None else None
+
+
+def forget(tensor: torch.Tensor) -> None:
+    """Drop the recipe of an allocated tensor."""
+    tensor.__dict__.pop(_RECIPE, None)
+
+
+def fill(tensor: torch.Tensor, recipe: Recipe, storage: torch.UntypedStorage) -> None:
+    """Write the values that ``storage``, the memory of ``recipe``, has for ``tensor``."""
+    ref: Ref = tensor.__dict__.pop(_RECIPE)
+    tensor.detach().copy_(ref.on(storage))
+
+
+def uninitialized_parameters(model: torch.nn.Module) -> list[str]:
+    """Names of parameters whose memory nobody has written, deferred ones included; tied ones are named once.
+
+    Names are those of ``named_parameters()``. One comparison for each device and dtype, whatever the sizes.
+    """
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        named = dict(model.named_parameters())
+        deferred = {name for name, p in named.items() if p.is_meta and recipe_of(p) is not None}
+        names = [name for name, p in named.items() if _RECIPE in p.__dict__ and not p.is_meta]
+        empty = dict(zip(names, _intact([named[name] for name in names]), strict=True))
+    return [name for name in named if name in deferred or empty.get(name, False)]
+
+
+def watch(model: torch.nn.Module) -> None:
+    """At first use (a forward, or saving) initialize what nobody has written by then, with one warning.
+
+    The hooks remove themselves. Loading between now and the first use is normal, and silent.
+    """
+    handles: list[Any] = []
+
+    def check(*_: Any) -> None:
+        while handles:
+            handles.pop().remove()
+        _audit(model)
+
+    for module in model.modules():
+        handles.append(module.register_forward_pre_hook(check))
+        handles.append(module.register_state_dict_pre_hook(check))
+
+
+def _audit(model: torch.nn.Module) -> None:
+    from lightning_efficient_init.deferred.materialize import initialize  # noqa: PLC0415 (it stands on this module)
+
+    names = initialize(model)
+    for param in model.parameters():
+        forget(param)
+    if names:
+        warnings.warn(
+            f"{len(names)} parameters had not been written by a checkpoint or by you at first use, "
+            f"and were initialized as their modules do it: {_shortened(names)}",
+            UninitializedParameterWarning,
+            stacklevel=4,
+        )
+
+
+def _shortened(names: list[str], limit: int = 10) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown}, and {len(names) - limit} more"
+
+
+def _can_be_empty(tensor: torch.Tensor) -> bool:
+    return tensor.dtype in _FLOATS and tensor.numel() > 0 and _is_dense(tensor)
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    recipe = recipe_of(tensor)
+    return recipe is not None and tensor.numel() * tensor.element_size() == recipe.num_bytes
+
+
+def _probe(tensor: torch.Tensor) -> torch.Tensor:
+    """A view of a few elements in all parts of dense memory."""
+    numel = tensor.numel()
+    if numel < _PROBES:
+        return tensor.detach().as_strided((1,), (1,), tensor.storage_offset())
+    return tensor.detach().as_strided((_PROBES,), ((numel - 1) // (_PROBES - 1),), tensor.storage_offset())
+
+
+def _by_kind(tensors: Iterable[torch.Tensor]) -> dict[Any, list[torch.Tensor]]:
+    kinds: dict[Any, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.device, tensor.dtype, tensor.numel() >= _PROBES), []).append(tensor)
+    return kinds
+
+
+def _batches(kinds: dict[Any, list[torch.Tensor]]) -> list[tuple[list[torch.Tensor], torch.Tensor]]:
+    batches = []
+    for (device, dtype, full), tensors in kinds.items():
+        canary = torch.tensor(_CANARY if full else _CANARY[:1], dtype=dtype, device="cpu").to(device)
+        batches.append(([_probe(tensor) for tensor in tensors], canary))
+    return batches
+
+
+def _intact(tensors: list[torch.Tensor]) -> list[bool]:
+    kinds = _by_kind(tensors)
+    intact: dict[int, bool] = {}
+    for members, (probes, canary) in zip(kinds.values(), _batches(kinds), strict=True):
+        found = torch.stack(probes).eq(canary).all(dim=1).tolist()
+        intact.update(zip(map(id, members), found, strict=True))
+    return [intact[id(tensor)] for tensor in tensors]

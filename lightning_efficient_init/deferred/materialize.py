@@ -1,0 +1,164 @@
+"""The verbs: give deferred parameters memory, and values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from lightning_efficient_init.deferred import audit, parameter
+from lightning_efficient_init.deferred.recipe import Recipe, recipe_of
+from lightning_efficient_init.deferred.replay import evaluate
+from lightning_efficient_init.errors import DeferredParameterError
+
+
+def is_deferred(module_or_tensor: torch.nn.Module | torch.Tensor) -> bool:
+    """Whether a tensor, or any parameter or buffer of a module, has a recipe and no memory."""
+    with torch._C.DisableTorchFunction():
+        if isinstance(module_or_tensor, torch.Tensor):
+            return module_or_tensor.is_meta and recipe_of(module_or_tensor) is not None
+        return any(t.is_meta and recipe_of(t) is not None for t in _tensors_of(module_or_tensor))
+
+
+def has_recipe(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` can still be initialized: it is deferred, or it is empty and nobody forgot its recipe."""
+    return is_deferred(tensor) or audit.recipe_of_empty(tensor) is not None
+
+
+def materialize(
+    module: torch.nn.Module, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> torch.nn.Module:
+    """Give the deferred parameters of ``module`` memory, and the values that eager construction gives.
+
+    Identity, ties, views, ``requires_grad`` and references that optimizers hold stay. Generators are left as they
+    were. A part of a model gets the values that it gets in the whole.
+
+    Args:
+        module: A model, or part of one. What is not deferred is moved and cast as well.
+        device: Build it here, drawing from this device's generator as if the recorded code had been run under
+            ``with torch.device(device)``. The device it was recorded for unless given.
+        dtype: Cast floating-point parameters to this in the end. Buffers keep theirs: code that asks for float32
+            frequencies means it.
+
+    Returns:
+        ``module``.
+
+    Raises:
+        DeferredParameterError: A tensor is on the meta device and has no recipe.
+    """
+    target = _indexed(device)
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        groups = _deferred_groups(module)
+        memory = evaluate(groups, device=target)
+        for recipe, tensors in groups.items():
+            parameter.give_memory(tensors, memory.pop(recipe))
+        _check_complete(module)
+        _move(module, target, dtype)
+    return module
+
+
+def allocate(module: torch.nn.Module, *, names: Iterable[str] | None = None) -> None:
+    """Give deferred parameters memory without values; their recipes stay at hand for `initialize`.
+
+    Args:
+        module: A model.
+        names: Of parameters, as in ``named_parameters(remove_duplicate=False)``; all unless given.
+    """
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        audit.allocate(_groups(_chosen(module, names)))
+
+
+def initialize(model: torch.nn.Module, names: Iterable[str] | None = None) -> list[str]:
+    """Run the recipes of exactly these parameters, in the memory they have or (if deferred) get now.
+
+    Args:
+        model: A model.
+        names: Of parameters, as in ``named_parameters(remove_duplicate=False)``; all of
+            `uninitialized_parameters` unless given.
+
+    Returns:
+        The names of those that were initialized: a parameter without a recipe is left alone.
+    """
+    chosen = audit.uninitialized_parameters(model) if names is None else list(names)
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        params = _chosen(model, chosen)
+        deferred = _groups(params)
+        empty = {name: recipe for name, p in params.items() if (recipe := audit.recipe_of_empty(p)) is not None}
+        done = [name for name, p in params.items() if name in empty or is_deferred(p)]
+        memory = evaluate([*deferred, *empty.values()])
+        for recipe, tensors in deferred.items():
+            parameter.give_memory(tensors, memory[recipe])
+        for name, recipe in empty.items():
+            audit.fill(params[name], recipe, memory[recipe])
+    return done
+
+
+def forget(model: torch.nn.Module, names: Iterable[str] | None = None) -> None:
+    """Drop the recipes of parameters that have been written; deferred ones keep theirs."""
+    for param in _chosen(model, names).values():
+        audit.forget(param)
+
+
+def _chosen(module: torch.nn.Module, names: Iterable[str] | None) -> dict[str, torch.Tensor]:
+    params: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=names is None))
+    return params if names is None else {name: params[name] for name in names}
+
+
+def _groups(params: dict[str, torch.Tensor]) -> dict[Recipe, list[torch.Tensor]]:
+    """Deferred tensors by recipe, each with whatever else shares its memory."""
+    groups: dict[Recipe, dict[int, torch.Tensor]] = {}
+    for tensor in params.values():
+        recipe = recipe_of(tensor) if tensor.is_meta else None
+        if recipe is None:
+            continue
+        group = groups.setdefault(recipe, {})
+        group[id(tensor)] = tensor
+        for ref in recipe.aliases:
+            alias = ref()
+            if alias is not None and recipe_of(alias) is recipe:
+                group[id(alias)] = alias
+    return {recipe: list(group.values()) for recipe, group in groups.items()}
+
+
+def _deferred_groups(module: torch.nn.Module) -> dict[Recipe, list[torch.Tensor]]:
+    return _groups({str(i): tensor for i, tensor in enumerate(_tensors_of(module))})
+
+
+def _tensors_of(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Parameters, buffers, and tensors that are plain attributes."""
+    for child in module.modules():
+        for tensors in (child._parameters, child._buffers, child.__dict__):
+            yield from (t for t in tensors.values() if isinstance(t, torch.Tensor))
+
+
+def _check_complete(module: torch.nn.Module) -> None:
+    lost = [name for name, p in module.named_parameters() if p.is_meta]
+    if lost:
+        raise DeferredParameterError(
+            f"{', '.join(lost[:8])}{' ...' if len(lost) > 8 else ''}: on the meta device without a recipe. "
+            "Parameters made under `torch.device('meta')`, or copied from deferred ones by other means than "
+            "`copy.deepcopy`, have none: build the module under `deferred_init`."
+        )
+
+
+def _move(module: torch.nn.Module, device: torch.device | None, dtype: torch.dtype | None) -> None:
+    """Move what was real already, and cast parameters, keeping identity."""
+    if device is None and dtype is None:
+        return
+    for param in module.parameters():
+        wanted = dtype if param.is_floating_point() and dtype is not None else param.dtype
+        if (device is not None and param.device != device) or param.dtype != wanted:
+            param.data = param.data.to(device=device, dtype=wanted)
+    for child in module.modules():
+        for name, buffer in child._buffers.items():
+            if buffer is not None and device is not None and buffer.device != device:
+                child._buffers[name] = buffer.to(device)
+
+
+def _indexed(device: torch.device | str | None) -> torch.device | None:
+    if device is None:
+        return None
+    device = torch.device(device)
+    if device.type == "cpu" or device.index is not None:
+        return device
+    return torch.device(device.type, getattr(torch, device.type).current_device())

@@ -1,0 +1,267 @@
+"""Deferred tensors as objects: what they allow once the recording has ended, and how they come by memory.
+
+No mode is active then, so a deferred parameter guards itself: its class is exchanged for a subclass whose
+``__torch_function__`` lets pass what needs no values, gives it memory when weights are loaded into it, and raises
+`DeferredParameterError` for the rest, where plain meta tensors would go on without values.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from lightning_efficient_init.deferred.recipe import Op, Recipe, Ref, attach, recipe_of
+from lightning_efficient_init.errors import DeferredParameterError
+
+
+def exchange(tensor: torch.Tensor, data: torch.Tensor) -> None:
+    """Let the object ``tensor`` show the memory of ``data``; who refers to the object sees that.
+
+    `torch.utils.swap_tensors` does the same, but not while there are weak references or views; neither matters here,
+    as views are exchanged together with their base.
+    """
+    requires_grad = tensor.requires_grad
+    fresh = torch.Tensor._make_subclass(type(tensor), data.detach(), requires_grad and _differentiable(data))
+    torch._C._swap_tensor_impl(tensor, fresh)
+
+
+def give_memory(tensors: Iterable[torch.Tensor], storage: torch.UntypedStorage) -> None:
+    """Put deferred tensors that share memory on the real ``storage``."""
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        for tensor in tensors:
+            recipe = recipe_of(tensor)
+            assert recipe is not None
+            unguard(tensor)
+            exchange(tensor, Ref.to(tensor, recipe).on(storage))
+
+
+def guard(tensor: torch.Tensor) -> None:
+    """Let a deferred tensor refuse what needs its values."""
+    if not isinstance(tensor, Guarded):
+        tensor.__class__ = _guarded(type(tensor))
+
+
+def unguard(tensor: torch.Tensor) -> None:
+    """Give a tensor the class back that it was made with."""
+    if isinstance(tensor, Guarded):
+        tensor.__class__ = type(tensor)._bare
+
+
+def misuse(tensor: torch.Tensor, what: str) -> DeferredParameterError:
+    """The error for a use that needs values."""
+    return DeferredParameterError(
+        f"{describe(tensor)} is deferred: it has no memory yet and cannot be {what}. "
+        "Call `materialize(model)` to initialize it, or load a checkpoint into the model, before."
+    )
+
+
+def describe(tensor: torch.Tensor) -> str:
+    """A tensor in words."""
+    recipe = recipe_of(tensor)
+    name = recipe.label if recipe is not None and recipe.label is not None else "a tensor"
+    return f"The parameter {name!r} of shape {tuple(tensor.shape)}" if name != "a tensor" else "A tensor"
+
+
+def path_being_built() -> str:
+    """The modules whose construction is under way, from the outermost in: ``Net.layers.3 > Linear``."""
+    modules: list[torch.nn.Module] = []
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, torch.nn.Module) and (not modules or modules[-1] is not owner):
+            modules.append(owner)
+        frame = frame.f_back  # type: ignore[assignment]
+    modules.reverse()
+    names = [type(module).__name__ for module in modules[:1]]
+    for parent, child in zip(modules, modules[1:], strict=False):
+        name = next((n for n, m in parent.__dict__.get("_modules", {}).items() if m is child), None)
+        names.append(f".{name}" if name is not None else f" > {type(child).__name__}")
+    return "".join(names) or "outside of any module"
+
+
+def _differentiable(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+class Guarded:
+    """Mixed into the class of a deferred tensor."""
+
+    _bare: type[torch.Tensor]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return _guarded_call(func, args, kwargs or {})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self) not in memo:
+            memo[id(self)] = _copy(self)  # type: ignore[arg-type]
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise misuse(self, "saved or pickled")  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=None)
+def _guarded(bare: type[torch.Tensor]) -> type[torch.Tensor]:
+    members = {"_bare": bare, "__slots__": (), "__module__": __name__}
+    return type(f"Deferred{bare.__name__}", (Guarded, bare), members)
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A deep copy that is deferred too: its recipe is to copy what the original's recipe gives."""
+    recipe = recipe_of(tensor)
+    assert recipe is not None
+    bare = type(tensor)._bare  # type: ignore[attr-defined]
+    with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+        data = torch.empty_like(tensor.detach())
+        source = Ref.to(tensor, recipe)
+        copied = Recipe(recipe.device, data.untyped_storage().nbytes(), label=recipe.label)
+        attach(data.untyped_storage(), copied)
+        op = Op(torch.ops.aten.clone.default, (source,), {}, recipe.device, reads=(recipe,), writes=(copied,))
+        op.outs, op.overwrites = (Ref.to(data, copied),), True
+        copied.ops.append(op)
+        made: torch.Tensor = torch.Tensor._make_subclass(bare, data, tensor.requires_grad)
+    made.__dict__.update({k: v for k, v in tensor.__dict__.items()})
+    guard(made)
+    return made
+
+
+def _guarded_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    from lightning_efficient_init.deferred.record import current  # noqa: PLC0415 (record stands on this module)
+
+    if current() is not None:
+        return func(*args, **kwargs)  # being recorded
+    handler = _HANDLERS.get(func)
+    if handler is not None:
+        return handler(func, args, kwargs)
+    name = getattr(func, "__name__", "")
+    if name == "__get__" or name in _HARMLESS:
+        return func(*args, **kwargs)
+    tensors = _flat(args, kwargs)
+    deferred = next(t for t in tensors if isinstance(t, Guarded))
+    if any(not t.is_meta for t in tensors) or (name.endswith("_") and not name.endswith("__") and args[0] is deferred):
+        raise misuse(deferred, f"used in {name or func}")
+    out = func(*args, **kwargs)
+    _guard_views(out)
+    return out
+
+
+def _guard_views(value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        if value.is_meta and recipe_of(value) is not None:
+            guard(value)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            _guard_views(item)
+
+
+def _get_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    out = func(*args, **kwargs)
+    if isinstance(out, torch.Tensor):
+        remember_alias(args[0], out)
+        guard(out)
+    return out
+
+
+def _get_is_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """True; but not for ``Module._load_from_state_dict``, which would warn that loading does nothing. Here it does."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") == __name__:
+        frame = frame.f_back
+    return frame is None or frame.f_code is not torch.nn.Module._load_from_state_dict.__code__
+
+
+def _load(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``p.copy_(weights)``: the parameter gets memory, and the weights."""
+    target, source = args[0], args[1] if len(args) > 1 else kwargs["src"]
+    if isinstance(source, Guarded):
+        if target.is_meta and not isinstance(target, Guarded):
+            return func(*args, **kwargs)
+        raise misuse(source, "copied")  # type: ignore[arg-type]
+    if source.is_meta:
+        return func(*args, **kwargs)
+    torch.broadcast_shapes(target.shape, source.shape)
+    bind(target)
+    return func(*args, **kwargs)
+
+
+def _set_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """``p.data = x``."""
+    target, data = args
+    if isinstance(target, Guarded) and not data.is_meta:
+        unguard(target)  # type: ignore[arg-type]
+        with torch.no_grad():
+            exchange(target, data)  # type: ignore[arg-type]
+        return
+    func(target, data)
+
+
+def remember_alias(tensor: torch.Tensor, alias: torch.Tensor) -> None:
+    """Let ``alias`` get memory together with ``tensor``."""
+    import weakref  # noqa: PLC0415
+
+    recipe = recipe_of(tensor)
+    assert recipe is not None
+    recipe.aliases = [ref for ref in recipe.aliases if ref() is not None]
+    known = {id(ref()) for ref in recipe.aliases}
+    recipe.aliases += [weakref.ref(t) for t in (tensor, alias) if id(t) not in known]
+
+
+def bind(tensor: torch.Tensor) -> None:
+    """Give ``tensor`` and its aliases memory and values."""
+    from lightning_efficient_init.deferred.replay import evaluate  # noqa: PLC0415
+
+    recipe = recipe_of(tensor)
+    assert recipe is not None
+    living = [t for ref in recipe.aliases if (t := ref()) is not None and recipe_of(t) is recipe]
+    storage = evaluate([recipe])[recipe]
+    give_memory({id(t): t for t in (*living, tensor)}.values(), storage)
+
+
+def _refuse(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    deferred = next(t for t in _flat(args, kwargs) if isinstance(t, Guarded))
+    raise misuse(deferred, f"used in {getattr(func, '__name__', func)}")
+
+
+def _show(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    tensor = args[0]
+    return f"Deferred {type(tensor)._bare.__name__}, size={tuple(tensor.shape)}, dtype={tensor.dtype}"
+
+
+def _flat(args: Iterable[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _flat(value, {})
+    return found
+
+
+_T = torch.Tensor
+_HARMLESS = {"requires_grad_", "retain_grad", "_backward_hooks", "__set__", "__hash__", "untyped_storage"}
+_HANDLERS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
+    _T.data.__get__: _get_data,  # type: ignore[attr-defined]
+    _T.detach: _get_data,
+    _T.view: _get_data,
+    _T.is_meta.__get__: _get_is_meta,  # type: ignore[attr-defined]
+    _T.copy_: _load,
+    _T.data.__set__: _set_data,  # type: ignore[attr-defined]
+    _T.__repr__: _show,
+    _T.__format__: _show,
+    _T.numpy: _refuse,
+    _T.__array__: _refuse,
+    _T.tolist: _refuse,
+    _T.item: _refuse,
+    _T.data_ptr: _refuse,
+    _T.cpu: _refuse,
+    _T.cuda: _refuse,
+}
+__all__ = ["Guarded", "bind", "exchange", "give_memory", "guard", "unguard"]

@@ -1,0 +1,163 @@
+"""Recipes: the operations that give a piece of memory its values, and how tensors find theirs.
+
+A recipe belongs to a *storage*, not to a tensor: a parameter, its ``.data``, a view of it and a tied second name share
+one storage, hence one recipe, without any alias map of ours. It hangs on the (meta) storage object itself, so it lives
+exactly as long as somebody can still ask for it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+_ATTRIBUTE = "_efficient_init_recipe"
+_orders = itertools.count()
+
+
+@dataclass(slots=True, eq=False)
+class Recipe:
+    """How one storage gets its values.
+
+    Attributes:
+        device: Where the memory would be, had it been allocated.
+        num_bytes: How much of it.
+        ops: The operations that write it, in order.
+        label: What to call it in messages, such as ``weight of Linear``.
+        external: Real memory whose values came from outside of the recording: not reproducible.
+        real: The real storage that a parameter was made of, where that was given up for a deferred one.
+        stale: ``real`` lacks what was written through the parameter since.
+        aliases: Tensors that share the memory, where it is more than one parameter.
+    """
+
+    device: torch.device
+    num_bytes: int
+    ops: list[Op] = field(default_factory=list)
+    label: str | None = None
+    external: bool = False
+    real: weakref.ref[torch.UntypedStorage] | None = None
+    stale: bool = False
+    aliases: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class Op:
+    """One recorded operation.
+
+    Attributes:
+        func: An ``OpOverload``, or a Python function that is replayed whole.
+        args: Its arguments, every tracked tensor replaced by a `Ref`.
+        kwargs: The same for keyword arguments.
+        device: Where it runs.
+        reads: Recipes whose values it needs.
+        writes: Recipes that it changes.
+        outs: Tensors that it returns in memory of their own.
+        overwrites: It replaces everything in ``writes[0]`` without reading it: what was there before is dead.
+        draw: Where in a generator's stream its random numbers start.
+        order: Its place among all operations recorded in this process.
+    """
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    device: torch.device
+    reads: tuple[Recipe, ...] = ()
+    writes: tuple[Recipe, ...] = ()
+    outs: tuple[Ref | None, ...] = ()
+    overwrites: bool = False
+    draw: Any = None
+    order: int = field(default_factory=_orders.__next__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ref:
+    """A tensor as a window on a recipe's memory: ``size`` and ``stride`` in elements, ``offset`` too."""
+
+    recipe: Recipe
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @staticmethod
+    def to(tensor: torch.Tensor, recipe: Recipe) -> Ref:
+        """The window that ``tensor`` is."""
+        return Ref(recipe, tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+
+    def on(self, storage: torch.UntypedStorage) -> torch.Tensor:
+        """The same window on real memory."""
+        empty = torch.empty(0, dtype=self.dtype, device=storage.device)
+        return empty.set_(storage, self.offset, self.size, self.stride)  # type: ignore[call-overload,no-any-return]
+
+    @property
+    def numel(self) -> int:
+        """How many elements it shows."""
+        count = 1
+        for length in self.size:
+            count *= length
+        return count
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether its elements follow each other in C order."""
+        expected = 1
+        for length, step in zip(reversed(self.size), reversed(self.stride), strict=True):
+            if length != 1 and step != expected:
+                return False
+            expected *= length
+        return True
+
+    @property
+    def covers_recipe(self) -> bool:
+        """Whether it shows every byte of its memory."""
+        return self.offset == 0 and self.is_contiguous and self.numel * self.dtype.itemsize == self.recipe.num_bytes
+
+
+def recipe_of(tensor: torch.Tensor) -> Recipe | None:
+    """The recipe of the memory that ``tensor`` shows, if it has one."""
+    try:
+        storage = tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):  # sparse, nested and wrapper tensors have none
+        return None
+    return storage.__dict__.get(_ATTRIBUTE)
+
+
+def attach(storage: torch.UntypedStorage, recipe: Recipe) -> None:
+    """Make ``recipe`` the one of ``storage``."""
+    storage.__dict__[_ATTRIBUTE] = recipe
+
+
+def detach(storage: torch.UntypedStorage) -> None:
+    """Forget the recipe of ``storage``."""
+    storage.__dict__.pop(_ATTRIBUTE, None)
+
+
+def operations_for(recipes: Iterable[Recipe], before: float = float("inf")) -> list[Op]:
+    """What has to run, in order, for the values that ``recipes`` have ``before`` an operation."""
+    needed: dict[int, Op] = {}
+    todo = [(recipe, before) for recipe in recipes]
+    seen: set[tuple[int, int]] = set()
+    while todo:
+        recipe, end = todo.pop()
+        for op in _live(recipe, end):
+            if (op.order, id(recipe)) in seen:
+                break  # from here on back another request has been
+            seen.add((op.order, id(recipe)))
+            if op.order not in needed:
+                needed[op.order] = op
+                todo += [(read, op.order) for read in op.reads]
+                todo += [(written, op.order) for written in op.writes if written is not recipe]
+    return [needed[order] for order in sorted(needed)]
+
+
+def _live(recipe: Recipe, end: float) -> Iterator[Op]:
+    """Writes to ``recipe`` before ``end``, the last one first, back to the one that replaces everything."""
+    for op in reversed(recipe.ops):
+        if op.order < end:
+            yield op
+            if op.overwrites:
+                return

@@ -1,0 +1,355 @@
+"""Random numbers: which of a generator's draws belongs to which recorded operation.
+
+Nothing is drawn while recording, yet every operation has to get the numbers that it would have got, and the generator
+has to end where it would have ended. A `Stream` is the sequence of random operations since a known state. Where it
+stands when operation ``i`` starts follows from the operations before: for ``uniform_`` and ``normal_`` on the CPU the
+number of 32-bit draws is known, and MT19937 advances by arithmetic (mersenne.py); on counter-based (CUDA) generators
+the increment of each kind of operation is measured once; whatever else there is runs on scratch memory.
+
+While recording, the real CPU generator holds a *token*: a state that no seed leads to and that names the place in the
+stream. So code inside that saves and restores the state (``fork_rng``), seeds it, or draws behind our back is noticed
+and understood, also when it ends in another thread's recording.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_efficient_init.deferred import mersenne
+from lightning_efficient_init.deferred.recipe import Op, Ref
+
+if TYPE_CHECKING:
+    from lightning_efficient_init.deferred.replay import Replay
+
+aten = torch.ops.aten
+lock = threading.RLock()  # generators are shared between threads
+
+_TOKEN = slice(24, 24 + 8 * 4)  # the first words of the state of MT19937
+_TOKEN_MARK = 0x1E1E1E1E
+_UNIFORM = {aten.uniform_.default, aten.rand.default}
+_NORMAL = {aten.normal_.default, aten.randn.default}
+_ELEMENTWISE = _UNIFORM | _NORMAL | {aten.bernoulli_.float, aten.exponential_.default, aten.log_normal_.default}
+_SINGLE_DRAW = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """Random operations of one generator, in order, from a known state on.
+
+    Attributes:
+        generator: Whose.
+        states: State before the operation of that index, where it is known.
+        parent: The place in another stream from which this one goes on; instead of ``states[0]``.
+        ops: The operations.
+        draws: How many 32-bit draws each takes from MT19937, None where only running it can tell.
+        before: The end of an earlier recording that left the generator in ``states[0]``.
+        elsewhere: States of other devices' generators when the stream began, for a replay there.
+    """
+
+    generator: torch.Generator
+    states: dict[int, torch.Tensor] = field(default_factory=dict)
+    parent: Draw | None = None
+    ops: list[Op] = field(default_factory=list)
+    draws: list[int | None] = field(default_factory=list)
+    before: Draw | None = None
+    elsewhere: dict[torch.device, torch.Tensor] = field(default_factory=dict)
+    _twins: dict[torch.device, Stream] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> Stream:
+        """The same operations, drawing from the generator of another device."""
+        if device not in self._twins:
+            generator = default_generator(device)
+            origin = self.parent or self.before
+            if origin is not None:
+                twin = Stream(generator, parent=Draw(origin.stream.on(device), origin.index))
+            else:
+                twin = Stream(generator, states={0: self._start_on(device, generator)})
+            twin.ops, twin.draws = self.ops, self.draws
+            self._twins[device] = twin
+        return self._twins[device]
+
+    def _start_on(self, device: torch.device, generator: torch.Generator) -> torch.Tensor:
+        """The state when this stream began; where nobody looked (CUDA was not in use) it is the fresh seed's."""
+        if device in self.elsewhere:
+            return self.elsewhere[device]
+        with borrowed(self.generator):
+            self.generator.set_state(self.states[0])
+            seed = self.generator.initial_seed()
+        with borrowed(generator):
+            return generator.manual_seed(seed).get_state()
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A place in a stream: before its operation ``index``."""
+
+    stream: Stream
+    index: int
+
+
+class Places:
+    """Where every generator stands in the course of recordings. One instance for the process."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[int, Draw] = {}
+        self._current: dict[torch.Generator, tuple[torch.Tensor, Draw]] = {}
+        self._count = 0
+        self._users = 0
+
+    def place(self, generator: torch.Generator) -> Draw:
+        """Where ``generator`` stands."""
+        state = generator.get_state()
+        known = self._current.get(generator)
+        if known is not None and torch.equal(known[0], state):
+            return known[1]
+        token = _read_token(state) if generator.device.type == "cpu" else None
+        if token is not None and token in self._tokens:
+            return self._tokens[token]
+        return Draw(Stream(generator, states={0: state}), 0)
+
+    def record(self, op: Op, generator: torch.Generator) -> None:
+        """Let ``op`` draw from ``generator`` without running it; the generator moves on (on the CPU: in name only)."""
+        here = self.place(generator)
+        stream = here.stream
+        if here.index != len(stream.ops):  # somebody went back in time: a branch
+            stream = Stream(generator, parent=here)
+        index = len(stream.ops)
+        op.draw = Draw(stream, index)
+        stream.ops.append(op)
+        stream.draws.append(num_draws(op))
+        if generator.device.type == "cpu":
+            self._hold(Draw(stream, index + 1), generator)
+        else:
+            self._move(op, Draw(stream, index + 1), generator)
+
+    def run(self, op: Op, generator: torch.Generator, call: Callable[[], Any]) -> Any:
+        """Run ``op`` for real, by ``call``, with the numbers that are its due."""
+        here = self.place(generator)
+        self.settle(generator)
+        stream = here.stream
+        if here.index != len(stream.ops):
+            stream = Stream(generator, parent=here)
+        op.draw = Draw(stream, len(stream.ops))
+        stream.states[op.draw.index] = generator.get_state()
+        out = call()
+        stream.ops.append(op)
+        stream.draws.append(num_draws(op))
+        self.adopt(generator, Draw(stream, len(stream.ops)))
+        return out
+
+    def settle(self, generator: torch.Generator) -> None:
+        """Set ``generator`` to its true state."""
+        draw = self.place(generator)
+        generator.set_state(state_at(draw))
+        self._current[generator] = (generator.get_state(), draw)
+
+    def adopt(self, generator: torch.Generator, draw: Draw) -> None:
+        """Say that the present, true state of ``generator`` is the one at ``draw``."""
+        draw.stream.states[draw.index] = state = generator.get_state()
+        self._current[generator] = (state, draw)
+
+    def enter(self) -> None:
+        """A recording starts."""
+        with lock:
+            self._users += 1
+
+    def leave(self, generators: set[torch.Generator]) -> None:
+        """A recording that drew from ``generators`` ends: they stand where eager construction leaves them."""
+        with lock:
+            for generator in generators:
+                self.settle(generator)
+            self._users -= 1
+            if not self._users:
+                self._tokens.clear()
+                self._current.clear()
+
+    def _hold(self, draw: Draw, generator: torch.Generator) -> None:
+        self._count += 1
+        state = generator.get_state()
+        state[_TOKEN].view(torch.int64).copy_(torch.tensor(_token(self._count), device="cpu"))
+        generator.set_state(state)
+        self._tokens[self._count] = draw
+        self._current[generator] = (state, draw)
+
+    def _move(self, op: Op, after: Draw, generator: torch.Generator) -> None:
+        """Advance a counter-based generator for real: its state costs nothing."""
+        stream = after.stream
+        stream.states.setdefault(after.index - 1, generator.get_state())
+        increment = _increment(op, generator)
+        if increment is None:
+            generator.set_state(state_at(after))
+        else:
+            generator.set_offset(generator.get_offset() + increment)
+        stream.states[after.index] = state = generator.get_state()
+        self._current[generator] = (state, after)
+
+
+places = Places()
+
+
+def _read_token(state: torch.Tensor) -> int | None:
+    words = state[_TOKEN].view(torch.int64).tolist()
+    return words[1] if words == _token(words[1]) else None
+
+
+def _token(count: int) -> list[int]:
+    return [_TOKEN_MARK, count, 0xFFFFFFFF - count, _TOKEN_MARK]  # words of the state have 32 bits
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    """The generator that random operations on ``device`` use."""
+    if device.type == "cpu":
+        return torch.default_generator
+    module = getattr(torch, device.type)
+    index = device.index if device.index is not None else module.current_device()
+    if device.type == "cuda":
+        torch.cuda.init()
+    return module.default_generators[index]  # type: ignore[no-any-return]
+
+
+def generator_of(op: Op) -> torch.Generator:
+    """The generator from which ``op`` draws."""
+    explicit = op.kwargs.get("generator")
+    if explicit is None:
+        explicit = next((arg for arg in op.args if isinstance(arg, torch.Generator)), None)
+    return explicit if explicit is not None else default_generator(op.device)
+
+
+@contextmanager
+def borrowed(generator: torch.Generator) -> Iterator[None]:
+    """Leave ``generator`` as it is found."""
+    with lock:
+        state = generator.get_state()
+        try:
+            yield
+        finally:
+            generator.set_state(state)
+
+
+class Cursor:
+    """A borrowed generator that walks along streams."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+        self._at: Draw | None = None
+
+    def seek(self, draw: Draw) -> None:
+        """Bring the generator to its state at ``draw``."""
+        if self._at is not None and self._at == draw:
+            return
+        start = self._start_for(draw)
+        self._walk(draw.stream, start, draw.index)
+        self._at = draw
+
+    def passed(self, draw: Draw) -> None:
+        """The operation at ``draw`` has run."""
+        self._at = Draw(draw.stream, draw.index + 1)
+
+    def _start_for(self, draw: Draw) -> int:
+        """The nearest place to walk from: where we are, or a known state."""
+        stream = draw.stream
+        known = max((index for index in stream.states if index <= draw.index), default=None)
+        if self._at is not None and self._at.stream is stream and (known or 0) <= self._at.index <= draw.index:
+            return self._at.index
+        if known is None:
+            assert stream.parent is not None
+            self.seek(stream.parent)
+            return 0
+        self.generator.set_state(stream.states[known])
+        return known
+
+    def _walk(self, stream: Stream, start: int, end: int) -> None:
+        pending = 0
+        for index in range(start, end):
+            count = stream.draws[index]
+            if count is not None and self.generator.device.type == "cpu":
+                pending += count
+                continue
+            pending = self._advance(pending)
+            if (count := _increment(stream.ops[index], self.generator)) is not None:
+                self.generator.set_offset(self.generator.get_offset() + count)
+            else:
+                run_for_draws(stream.ops[index], self.generator)
+        self._advance(pending)
+
+    def _advance(self, pending: int) -> int:
+        if pending:
+            mersenne.advance(self.generator, pending)
+        return 0
+
+
+def state_at(draw: Draw) -> torch.Tensor:
+    """The state of the generator at ``draw``; known from then on."""
+    generator = draw.stream.generator
+    with borrowed(generator):
+        cursor = Cursor(generator)
+        cursor.seek(draw)
+        state = generator.get_state()
+    draw.stream.states[draw.index] = state
+    return state
+
+
+def run_for_draws(op: Op, generator: torch.Generator) -> None:
+    """Run ``op`` on scratch, for what it does to ``generator``, which stands where it has to."""
+    from lightning_efficient_init.deferred.replay import Replay  # noqa: PLC0415 (replay stands on streams)
+
+    Replay.run_alone(op, generator)
+
+
+def num_draws(op: Op) -> int | None:
+    """How many 32-bit draws ``op`` takes from MT19937, None if only running it can tell."""
+    window = _window(op)
+    if window is None or op.func not in _UNIFORM | _NORMAL or not _known_cost(op.func in _NORMAL, window.dtype):
+        return None
+    width = 1 if window.dtype in _SINGLE_DRAW else 2
+    if op.func in _UNIFORM:
+        return window.numel * width
+    if window.numel < 16 or not window.is_contiguous:
+        return None  # the scalar path keeps every second sample for later
+    return (window.numel + (16 if window.numel % 16 else 0)) * width
+
+
+def _window(op: Op) -> Ref | None:
+    """The tensor that a random operation fills."""
+    if op.outs:
+        return op.outs[0]
+    return op.args[0] if op.args and isinstance(op.args[0], Ref) else None
+
+
+@lru_cache(maxsize=None)
+def _known_cost(normal: bool, dtype: torch.dtype) -> bool:
+    """Trust the arithmetic of `num_draws` only where this build of PyTorch agrees with it."""
+    if dtype not in (*_SINGLE_DRAW, torch.float64):
+        return False
+    width = 1 if dtype in _SINGLE_DRAW else 2
+    generator, expected = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    for numel in (35, 48):
+        scratch = torch.empty(numel, dtype=dtype, device="cpu")
+        scratch.normal_(generator=generator) if normal else scratch.uniform_(generator=generator)
+        mersenne.advance(expected, (numel + (16 if normal and numel % 16 else 0)) * width)
+    return torch.equal(generator.get_state(), expected.get_state())
+
+
+_increments: dict[Any, int] = {}
+
+
+def _increment(op: Op, generator: torch.Generator) -> int | None:
+    """By how much ``op`` moves a counter-based generator, where that depends on its shape and numbers alone."""
+    window = _window(op)
+    if generator.device.type != "cuda" or op.func not in _ELEMENTWISE or window is None:
+        return None
+    numbers = tuple(arg for arg in op.args[1:] if isinstance(arg, int | float))
+    key = (op.func, window.size, window.stride, window.dtype, numbers, generator.device)
+    if key not in _increments:
+        with borrowed(generator):
+            before = generator.get_offset()
+            run_for_draws(op, generator)
+            _increments[key] = generator.get_offset() - before
+    return _increments[key]
