@@ -107,13 +107,13 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> StoredTensor:
     return StoredTensor(storage, offset, shape, stride)
 
 
-def _tensor_v2(  # noqa: PLR0917
+def _tensor_v2(
     storage: Any, offset: Any, shape: Any, stride: Any, requires_grad: Any, hooks: Any, metadata: Any = None
 ) -> StoredTensor:
     return StoredTensor(storage, offset, shape, stride, None, _refusal_of(metadata))
 
 
-def _tensor_v3(  # noqa: PLR0917
+def _tensor_v3(
     storage: Any, offset: Any, shape: Any, stride: Any, requires_grad: Any, hooks: Any, dtype: Any, metadata: Any = None
 ) -> StoredTensor:
     return StoredTensor(storage, offset, shape, stride, dtype, _refusal_of(metadata))

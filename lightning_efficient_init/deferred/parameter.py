@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -108,7 +108,7 @@ class Guarded:
         raise misuse(self, "saved or pickled")  # type: ignore[arg-type]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _guarded(bare: type[torch.Tensor]) -> type[torch.Tensor]:
     members = {"_bare": bare, "__slots__": (), "__module__": __name__}
     return type(f"Deferred{bare.__name__}", (Guarded, bare), members)

@@ -29,7 +29,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from lightning_efficient_init.deferred import audit, parameter
 from lightning_efficient_init.deferred.recipe import Op, Recipe, Ref, attach, recipe_of
 from lightning_efficient_init.deferred.replay import evaluate
-from lightning_efficient_init.deferred.streams import default_generator, generator_of, lock, places, state_at
+from lightning_efficient_init.deferred.streams import generator_of, lock, places
 from lightning_efficient_init.errors import UnrecordableError
 
 aten = torch.ops.aten
@@ -470,7 +470,7 @@ class Recorder:
         target, source = args[0], args[1] if len(args) > 1 else None
         if isinstance(source, torch.Tensor) and not source.is_meta:
             args = (target, self.defer(source), *args[2:])
-        if len(args) > 1 and args[1].device != _META or not target.is_meta:
+        if (len(args) > 1 and args[1].device != _META) or not target.is_meta:
             raise refusal(str(func), "it exchanges the memory of a deferred tensor for a real one, or the reverse")
         return func(*args, **kwargs)
 
@@ -839,7 +839,7 @@ class _Traits:
     writes: tuple[tuple[int, str], ...]
 
 
-@lru_cache(maxsize=None)
+@cache
 def traits_of(func: Any) -> _Traits:
     """The traits of an ``OpOverload``."""
     schema = getattr(func, "_schema", None)
@@ -960,7 +960,9 @@ def _parsable(value: Any) -> Any:
     """Arguments of ``Tensor.to`` without tensors and ``copy``, as ``_parse_to`` wants them."""
     if isinstance(value, dict):
         return {k: v for k, v in value.items() if k in ("device", "dtype", "non_blocking", "memory_format")}
-    return tuple(item for item in value if isinstance(item, torch.device | torch.dtype | str | int) and item is not True)
+    return tuple(
+        item for item in value if isinstance(item, torch.device | torch.dtype | str | int) and item is not True
+    )
 
 
 def _copy_of(tensor: torch.Tensor) -> torch.Tensor:

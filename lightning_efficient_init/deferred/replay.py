@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_efficient_init.deferred.recipe import Op, Recipe, Ref, operations_for
-from lightning_efficient_init.deferred.streams import Cursor, Draw, borrowed, default_generator, generator_of, lock
+from lightning_efficient_init.deferred.streams import Cursor, Draw, borrowed, default_generator, lock
 
 aten = torch.ops.aten
 

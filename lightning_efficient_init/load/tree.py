@@ -29,6 +29,8 @@ def read_tree(tree: Any, device: torch.device, settings: Settings | None = None)
 
     def reserve(leaf: Entry | LazyTensor, path: tuple[object, ...]) -> torch.Tensor:
         entry = leaf.entry if isinstance(leaf, LazyTensor) else leaf
+        if entry is None:
+            return leaf.read().to(device)
         if entry not in tensors:
             names[entry] = ".".join(map(str, path))
             target = device if entry.shape else torch.device("cpu")
