@@ -129,8 +129,8 @@ def _probe(tensor: torch.Tensor) -> torch.Tensor:
     """A view of a few elements in all parts of dense memory."""
     numel = tensor.numel()
     if numel < _PROBES:
-        return tensor.detach().as_strided((1,), (1,), tensor.storage_offset())
-    return tensor.detach().as_strided((_PROBES,), ((numel - 1) // (_PROBES - 1),), tensor.storage_offset())
+        return tensor.as_strided((1,), (1,), tensor.storage_offset())
+    return tensor.as_strided((_PROBES,), ((numel - 1) // (_PROBES - 1),), tensor.storage_offset())
 
 
 def _by_kind(tensors: Iterable[torch.Tensor]) -> dict[Any, list[torch.Tensor]]:

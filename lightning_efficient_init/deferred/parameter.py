@@ -25,7 +25,7 @@ def exchange(tensor: torch.Tensor, data: torch.Tensor) -> None:
     as views are exchanged together with their base.
     """
     requires_grad = tensor.requires_grad
-    fresh = torch.Tensor._make_subclass(type(tensor), data.detach(), requires_grad and _differentiable(data))
+    fresh = torch.Tensor._make_subclass(type(tensor), data, requires_grad and _differentiable(data))
     torch._C._swap_tensor_impl(tensor, fresh)
 
 

@@ -517,10 +517,11 @@ class Recorder:
 
     def defer(self, data: torch.Tensor) -> torch.Tensor:
         """A deferred tensor in the place of the real ``data``, if its values can be had again; else ``data``."""
-        recipe = recipe_of(data)
-        if recipe is None or recipe.external or not recipe.ops or data.is_meta:
+        with torch._C.DisableTorchFunction():
+            recipe = None if data.is_meta else recipe_of(data)
+        if recipe is None or recipe.external or not recipe.ops:
             return data
-        with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
+        with _undisturbed():
             storage = torch.empty(recipe.num_bytes, dtype=torch.uint8, device=_META).untyped_storage()
             attach(storage, recipe)
             recipe.real = weakref.ref(data.untyped_storage())
