@@ -38,8 +38,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from lightning_efficient_init.deferred import audit, parameter
 from lightning_efficient_init.deferred.recipe import Op, Recipe, Ref, attach, recipe_of
-from lightning_efficient_init.deferred.replay import evaluate
-from lightning_efficient_init.deferred.streams import default_generator, generator_of, lock, places, state_at
+from lightning_efficient_init.deferred.replay import FILLS, evaluate
+from lightning_efficient_init.deferred.streams import generator_of, lock, places
 from lightning_efficient_init.errors import UnrecordableError
 
 aten = torch.ops.aten
@@ -48,8 +48,6 @@ _CPU = torch.device("cpu")
 _META = torch.device("meta")
 _CONSTANT_BYTES = 1 << 20  # a real tensor up to this size is copied into a recipe; a larger one stays what it is
 
-_FILLS = {aten.normal_.default, aten.uniform_.default, aten.zero_.default, aten.fill_.Scalar, aten.copy_.default}
-_FILLS |= {aten.fill_.Tensor, aten.bernoulli_.float, aten.exponential_.default, aten.log_normal_.default}
 _EMPTY = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_permuted.default}
 _RANDOM_FACTORIES = {aten.randn.default, aten.rand.default, aten.randn.generator, aten.rand.generator}
 _LIKE: dict[Any, Any] = {
@@ -378,6 +376,8 @@ class Recorder:
             return self._forced(func, args, kwargs)
         for tensor in tensors:
             self._refresh(tensor)
+            if tensor.is_meta and tensor.numel() and recipe_of(tensor) is None:
+                raise refusal(str(func), "it mixes deferred tensors with one on the meta device, which has no values")
         written = _written(func, args, kwargs)
         if any(not t.is_meta for t in written):
             return self._forced(func, args, kwargs)
@@ -392,7 +392,7 @@ class Recorder:
     def _in_place(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: list[torch.Tensor]
     ) -> torch.Tensor:
-        if func not in _FILLS:
+        if func not in FILLS:
             _check_on_meta(func, args, kwargs)
         elif func is aten.copy_.default:
             torch.broadcast_shapes(args[0].shape, args[1].shape)
@@ -662,18 +662,56 @@ def _to(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     """``t.to(its own device)`` returns ``t``, as in eager construction."""
     recipe = recipe_of(args[0])
     assert recipe is not None
-    device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*_parsable(args[1:]), **_parsable(kwargs))
-    if len(args) > 1 and isinstance(args[1], torch.Tensor):
-        device, dtype = _recorded_device((args[1],), {}), args[1].dtype
-    if device is not None and _indexed(device) == recipe.device:
-        device = None
-    options: dict[str, Any] = {"copy": kwargs.get("copy", False) or any(arg is True for arg in args[3:])}
-    options |= {} if memory_format is None else {"memory_format": memory_format}
-    options |= {} if device is None else {"device": device}
+    options = _to_options(args[1:], kwargs)
+    if options.get("device") is not None and _indexed(options["device"]) == recipe.device:
+        del options["device"]
     with torch._C.DisableTorchFunction():
-        out = args[0].to(dtype=dtype or args[0].dtype, **options)
+        out = args[0].to(**{"dtype": args[0].dtype, **options})
     recorder.track(out)
     return out
+
+
+def _to_options(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ``Tensor.to`` by name."""
+    options = {name: value for name, value in kwargs.items() if value is not None}
+    flags = ["non_blocking", "copy"]
+    for arg in (*args, options.pop("other", None)):
+        if isinstance(arg, torch.Tensor):
+            options |= {"device": _recorded_device((arg,), {}), "dtype": arg.dtype}
+        elif isinstance(arg, torch.dtype):
+            options["dtype"] = arg
+        elif isinstance(arg, bool):
+            options[flags.pop(0)] = arg
+        elif arg is not None:
+            options["device"] = arg
+    return options
+
+
+def _to_like(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``x.to(t)`` and ``x.type_as(t)``: to where ``t`` would be."""
+    other = args[1] if len(args) > 1 else kwargs.get("other")
+    if _is_deferred(args[0]) or _is_deferred(other):
+        return _to(recorder, func, args, kwargs)
+    return func(*args, **kwargs)
+
+
+def _set_item(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """``t[index] = 0``: the number as a real tensor, which else would be made (and lost) on the meta device."""
+    target, index, value = args
+    if isinstance(value, bool | int | float | complex):
+        value = torch.tensor(value, dtype=target.dtype, device=_CPU)
+    func(target, index, value)
+
+
+def _new(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``t.new(2, 3)`` and ``t.new_tensor(data)``."""
+    recipe = recipe_of(args[0])
+    assert recipe is not None
+    if func is torch.Tensor.new_tensor:
+        return torch.tensor(*args[1:], **{"dtype": args[0].dtype, "device": recipe.device, **kwargs})
+    if not all(isinstance(arg, int) for arg in args[1:]):
+        raise refusal("Tensor.new with data", "it asks a deferred tensor for its type")
+    return torch.empty(args[1:], dtype=args[0].dtype, device=recipe.device)
 
 
 def _to_own_device(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -732,7 +770,11 @@ _SPECIAL: dict[Any, Any] = {
     _T.numpy: _numpy,
     _T.__array__: _numpy,
     _T.data_ptr: _address,
-    _T.to: _to,
+    _T.to: _to_like,
+    _T.type_as: _to_like,
+    _T.new: _new,
+    _T.new_tensor: _new,
+    _T.__setitem__: _set_item,
     _T.cpu: _to_own_device,
     _T.cuda: _to_own_device,
     _T.data.__set__: _set_data,  # type: ignore[attr-defined]
@@ -740,7 +782,7 @@ _SPECIAL: dict[Any, Any] = {
     _T.__deepcopy__: _deepcopy,
     _T.__reduce_ex__: _reduce,
 }
-_ON_REAL_TOO = {_set_data, _numpy, _address}
+_ON_REAL_TOO = {_set_data, _numpy, _address, _to_like}
 
 
 def _is_deferred_or(args: tuple[Any, ...], special: Any) -> bool:
@@ -859,7 +901,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[t
 
 def _overwrites(op: Op) -> bool:
     target = op.args[0] if op.args else None
-    if op.func not in _FILLS or not isinstance(target, Ref) or not target.covers_recipe:
+    if op.func not in FILLS or not isinstance(target, Ref) or not target.covers_recipe:
         return False
     return not any(isinstance(arg, Ref) and arg.recipe is target.recipe for arg in op.args[1:])
 
@@ -955,13 +997,6 @@ def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
     if kwargs.get("device") is not None:
         return _indexed(kwargs["device"])
     return next((t.device for t in _tensors_in(args, kwargs)), _CPU)
-
-
-def _parsable(value: Any) -> Any:
-    """Arguments of ``Tensor.to`` without tensors and ``copy``, as ``_parse_to`` wants them."""
-    if isinstance(value, dict):
-        return {k: v for k, v in value.items() if k in ("device", "dtype", "non_blocking", "memory_format")}
-    return tuple(item for item in value if isinstance(item, torch.device | torch.dtype | str | int) and item is not True)
 
 
 def _copy_of(tensor: torch.Tensor) -> torch.Tensor:
