@@ -442,7 +442,9 @@ class Recorder:
 
         def real(tensor: torch.Tensor) -> torch.Tensor:
             recipe = recipe_of(tensor) if tensor.is_meta else None
-            return tensor if recipe is None else Ref.to(tensor, recipe).on(memory[recipe])
+            if recipe is None:
+                return tensor
+            return Ref.to(tensor, recipe).on(memory[recipe]).requires_grad_(tensor.requires_grad)
 
         return _map_tensors(real, value)
 
@@ -753,10 +755,6 @@ def _deepcopy(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
     return memo[id(tensor)]
 
 
-def _reduce(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    raise parameter.misuse(args[0], "saved or pickled")
-
-
 _T = torch.Tensor
 _SPECIAL: dict[Any, Any] = {
     _T.device.__get__: _device,  # type: ignore[attr-defined]
@@ -780,7 +778,6 @@ _SPECIAL: dict[Any, Any] = {
     _T.data.__set__: _set_data,  # type: ignore[attr-defined]
     _T.copy_: _copy,
     _T.__deepcopy__: _deepcopy,
-    _T.__reduce_ex__: _reduce,
 }
 _ON_REAL_TOO = {_set_data, _numpy, _address, _to_like}
 
@@ -793,7 +790,7 @@ def _is_deferred_or(args: tuple[Any, ...], special: Any) -> bool:
 
 
 class _Patches:
-    """`torch.nn.Parameter` and ``trunc_normal_``, patched while any thread records."""
+    """`torch.nn.Parameter`, ``trunc_normal_`` and pickling, patched while any thread records."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -808,6 +805,7 @@ class _Patches:
                 self._patch(torch.nn.Parameter, "__new__", _new_parameter(torch.nn.Parameter.__new__))
                 whole = _trunc_normal(torch.nn.init._no_grad_trunc_normal_)
                 self._patch(torch.nn.init, "_no_grad_trunc_normal_", whole)
+                self._patch(torch.Tensor, "__reduce_ex__", _reduce(torch.Tensor.__reduce_ex__))
                 hook = torch.nn.modules.module.register_module_parameter_registration_hook(_registered)
                 self._undo.append(hook.remove)
 
@@ -856,6 +854,16 @@ def _trunc_normal(original: Callable[..., Any]) -> Callable[..., Any]:
         return recorder.record_whole(original, tensor, *args, *kwargs.values())
 
     return _no_grad_trunc_normal_
+
+
+def _reduce(original: Callable[..., Any]) -> Callable[..., Any]:
+    def __reduce_ex__(self: torch.Tensor, protocol: Any) -> Any:  # noqa: N807
+        with torch._C.DisableTorchFunction():
+            if current() is not None and _is_deferred(self):
+                raise parameter.misuse(self, "saved or pickled")
+        return original(self, protocol)
+
+    return __reduce_ex__
 
 
 def _registered(module: torch.nn.Module, name: str, param: torch.Tensor | None) -> None:
