@@ -94,18 +94,30 @@ def uninitialized_parameters(model: torch.nn.Module) -> list[str]:
 def watch(model: torch.nn.Module) -> None:
     """At first use (a forward, or saving) initialize what nobody has written by then, with one warning.
 
-    The hooks remove themselves. Loading between now and the first use is normal, and silent.
+    The hooks remove themselves. Loading between now and the first use is normal, and silent. A model in which every
+    parameter has been written for sure is left alone.
     """
-    handles: list[Any] = []
+    if not any(_is_pending(param) for param in model.parameters()):
+        return
+    handles: list[tuple[torch.nn.Module | None, Any]] = []
 
-    def check(*_: Any) -> None:
-        while handles:
-            handles.pop().remove()
+    def check(caller: torch.nn.Module, *_: Any) -> None:
+        if not handles:
+            return
+        for module, handle in handles:
+            if module is not caller:  # torch is iterating over the caller's own: that one stays, and does nothing
+                handle.remove()
+        handles.clear()
         _audit(model)
 
     for module in model.modules():
-        handles.append(module.register_forward_pre_hook(check))
-        handles.append(module.register_state_dict_pre_hook(check))
+        handles.append((None, module.register_forward_pre_hook(check)))
+        handles.append((module, module.register_state_dict_pre_hook(check)))
+
+
+def _is_pending(param: torch.Tensor) -> bool:
+    with torch._C.DisableTorchFunction():
+        return param.__dict__.get(_RECIPE) is not None or (param.is_meta and recipe_of(param) is not None)
 
 
 def _audit(model: torch.nn.Module) -> None:
