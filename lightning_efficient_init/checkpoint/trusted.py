@@ -84,7 +84,7 @@ class _TrustingUnpickler(pickle.Unpickler):
             return StoredTensor(refusal=refusal)
         stored = self._stored.get(tensor.untyped_storage()._cdata)
         if stored is None:
-            return StoredTensor(refusal="a tensor that the file's own code has made")
+            return StoredTensor(refusal="a tensor on the meta device, or one that the file's own code has made")
         return StoredTensor(stored, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
 
 
