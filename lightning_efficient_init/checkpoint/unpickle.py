@@ -146,16 +146,18 @@ def _refusal_of(metadata: Any) -> str | None:
     return f"a lazy view with {listing(metadata)} set (call resolve_conj() or resolve_neg())" if metadata else None
 
 
-_REBUILD: Final = {
+REFUSED: Final = {
+    "_rebuild_qtensor": _refuse("a quantized tensor"),
+    "_rebuild_sparse_tensor": _refuse("a sparse tensor"),
+    "_rebuild_nested_tensor": _refuse("a nested tensor"),
+    "_rebuild_meta_tensor_no_storage": _refuse("a tensor on the meta device, which has no values"),
+}
+_REBUILD: Final = {function: name for name, function in REFUSED.items()} | {
     _tensor: "_rebuild_tensor",
     _tensor_v2: "_rebuild_tensor_v2",
     _tensor_v3: "_rebuild_tensor_v3",
     _parameter: "_rebuild_parameter",
-    _refuse("a quantized tensor"): "_rebuild_qtensor",
-    _refuse("a sparse tensor"): "_rebuild_sparse_tensor",
-    _refuse("a nested tensor"): "_rebuild_nested_tensor",
     _refuse("a tensor subclass without memory of its own"): "_rebuild_wrapper_subclass",
-    _refuse("a tensor on the meta device, which has no values"): "_rebuild_meta_tensor_no_storage",
     _refuse("a tensor of another device's own format"): "_rebuild_device_tensor_from_cpu_tensor",
 }
 
@@ -277,7 +279,6 @@ class SafeUnpickler:
             CorruptCheckpointError: It is no sound program.
             TruncatedPickleError: The data ends before the program does.
         """
-        start = self.pos
         try:
             return self._run()
         except (CheckpointError, TruncatedPickleError):
@@ -286,8 +287,8 @@ class SafeUnpickler:
             raise CorruptCheckpointError(
                 explain(
                     self._file,
-                    expected=f"a sound pickle at {start}",
-                    found=f"{type(error).__name__}: {shorten(error)}, at {self.pos}",
+                    expected="a sound pickle",
+                    found=f"{type(error).__name__}: {shorten(error)}, near byte {self.pos}",
                     todo=DOWNLOAD_AGAIN,
                 )
             ) from error

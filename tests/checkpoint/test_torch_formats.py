@@ -46,8 +46,17 @@ def test_the_tree_keeps_its_containers(tmp_path, assert_same, zipped, weights_on
     tree = {
         "state_dict": torch.nn.BatchNorm1d(3).state_dict(),
         "epoch": 3,
-        "optimizer_states": [{"state": {0: {"step": torch.tensor(1.0), "avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}],
-        "hyper_parameters": {"name": "ä", "sizes": (1, 2, 3, 4), "none": None, "flag": True, "big": 2**70, "bytes": b"\xff\0"},
+        "optimizer_states": [
+            {"state": {0: {"step": torch.tensor(1.0), "avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}
+        ],
+        "hyper_parameters": {
+            "name": "ä",
+            "sizes": (1, 2, 3, 4),
+            "none": None,
+            "flag": True,
+            "big": 2**70,
+            "bytes": b"\xff\0",
+        },
         "counter": collections.Counter("abca"),
         "set": {1, 2},
         "dtype": torch.bfloat16,
@@ -79,7 +88,7 @@ def test_offsets_are_those_that_torch_finds(tmp_path, state_dict):
     theirs = torch.load(path, map_location="meta", weights_only=True)
     for key, entry in index_checkpoint(path).weights.items():
         tensor = theirs[key]
-        if tensor.numel():
+        if tensor.numel() and hasattr(tensor.untyped_storage(), "_checkpoint_offset"):  # torch 2.7 and later
             offset = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.itemsize
             assert entry.offset == offset
 
@@ -104,7 +113,9 @@ def test_a_whole_module_counts_as_weights_when_code_may_run(tmp_path, assert_sam
 @both_formats
 def test_a_module_is_refused_unless_code_may_run(tmp_path, zipped):
     path = save({"m": torch.nn.Linear(2, 2)}, tmp_path / "a.pt", zipped)
-    with pytest.raises(UnsafeCheckpointError, match=r"a\.pt.*torch\.nn\.modules\.linear\.Linear.*add_safe_globals.*weights_only=False"):
+    with pytest.raises(
+        UnsafeCheckpointError, match=r"a\.pt.*torch\.nn\.modules\.linear\.Linear.*add_safe_globals.*weights_only=False"
+    ):
         index_checkpoint(path)
 
 
@@ -149,7 +160,7 @@ def test_modules_that_torch_blocks_stay_blocked_when_allowed(tmp_path, write_tor
     import os
 
     path = write_torch_zip(b"\x80\x02cposix\nsystem\nX\x06\x00\x00\x00echo x\x85R.")
-    with torch.serialization.safe_globals([os.system]), pytest.raises(UnsafeCheckpointError, match="posix.system"):
+    with torch.serialization.safe_globals([os.system]), pytest.raises(UnsafeCheckpointError, match=r"posix\.system"):
         index_checkpoint(path)
 
 
@@ -161,14 +172,14 @@ def test_modules_that_torch_blocks_stay_blocked_when_allowed(tmp_path, write_tor
         ("sparse", lambda: torch.eye(3).to_sparse()),
         ("lazy", lambda: torch.ones(2, dtype=torch.complex64).conj()),
         ("lazy", lambda: torch._neg_view(torch.ones(2))),
-        ("meta", lambda: torch.ones(2, device="meta")),
+        ("device", lambda: torch.ones(2, device="meta")),
         ("storage", lambda: torch.ones(2).untyped_storage()),
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 def test_tensors_without_plain_memory_are_refused_by_name(tmp_path, what, make, weights_only):
     path = save({"net": {"layer.weight": make()}}, tmp_path / "a.pt")
-    with pytest.raises(UnsupportedCheckpointError, match=f"a.pt.*{what}" if not weights_only else f"net/layer.weight.*{what}"):
+    with pytest.raises(UnsupportedCheckpointError, match=rf"a\.pt.*'net/layer\.weight'.*{what}"):
         index_checkpoint(path, weights_only=weights_only)
 
 
@@ -180,7 +191,10 @@ def test_tensor_subclasses_are_refused_by_name_even_when_allowed(tmp_path):
     path = save({"w": torch.ones(2).as_subclass(Subclass)}, tmp_path / "a.pt")
     with pytest.raises(UnsafeCheckpointError, match="Subclass"):
         index_checkpoint(path)
-    with torch.serialization.safe_globals([Subclass]), pytest.raises(UnsupportedCheckpointError, match="'w'.*Subclass"):
+    with (
+        torch.serialization.safe_globals([Subclass]),
+        pytest.raises(UnsupportedCheckpointError, match=r"'w'.*Subclass"),
+    ):
         index_checkpoint(path)
 
 
@@ -241,7 +255,7 @@ def test_a_file_cut_anywhere_is_reported_as_damaged(tmp_path, state_dict, zipped
 def test_a_legacy_file_without_its_last_bytes_names_the_tensor(tmp_path):
     path = save({"first": torch.ones(2), "last": torch.ones(100)}, tmp_path / "a.pt", zipped=False)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CorruptCheckpointError, match="tensor 'last'.*truncated"):
+    with pytest.raises(CorruptCheckpointError, match=r"tensor 'last'.*truncated"):
         index_checkpoint(path)
 
 
