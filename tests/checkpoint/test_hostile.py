@@ -46,6 +46,7 @@ def state_dict(program, name="layer.w"):
     return P + b"}" + text(name) + program + b"s."
 
 
+GRAPH = b"<a list or tuple that holds itself twice over, 200 levels deep>"
 DATA = {"data/0": struct.pack("<2f", 1, 2)}
 
 
@@ -132,6 +133,36 @@ def test_a_damaged_program_is_reported(write_torch_zip, program):
 def test_a_large_memo_index_takes_no_memory(write_torch_zip):
     program = state_dict(b"Nr\xff\xff\xff\xff0" + tensor())
     assert "layer.w" in index_checkpoint(write_torch_zip(program, DATA)).weights
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        GRAPH + b".",
+        GRAPH + b")R.",
+        GRAPH + b"Nb.",
+        GRAPH + b")\x81.",
+        b"(" + text("storage") + b"ctorch\nFloatStorage\n" + GRAPH + b"NK\x02tQ.",
+        b"(" + GRAPH + b"ctorch\nFloatStorage\n" + text("0") + b"NK\x02tQ.",
+        b"ctorch._utils\n_rebuild_tensor_v2\n(N" + GRAPH + b"NN\x89NtR.",
+        b"ctorch._utils\n_rebuild_tensor_v2\n(NNNN\x89N" + GRAPH + b"tR.",
+        b"ctorch._tensor\n_rebuild_from_type_v2\n(" + GRAPH + b"N)NtR.",
+        b"ctorch.serialization\n_get_layout\n" + GRAPH + b"\x85R.",
+        b"ccollections\nCounter\n" + GRAPH + b"\x85R.",
+        b"ccollections\nOrderedDict\n" + GRAPH + b"\x85R.",
+        b"ctorch\nSize\n" + GRAPH + b"\x85R.",
+        b"ctorch\ndevice\n" + GRAPH + b"\x85R.",
+        b"c__builtin__\ncomplex\n" + GRAPH + b"\x85R.",
+        b"c_codecs\nencode\n" + GRAPH + b"\x85R.",
+    ],
+)
+@pytest.mark.parametrize("wrap", [b"q\x00h\x00\x86", b"q\x000]q\x01(h\x00h\x00e"], ids=["tuples", "lists"])
+def test_a_graph_of_shared_containers_is_never_spelled_out(write_torch_zip, program, wrap):
+    start = time.perf_counter()
+    with pytest.raises(CheckpointError) as caught:
+        index_checkpoint(write_torch_zip(P + program.replace(GRAPH, b"N\x85" + wrap * 200)))
+    assert len(str(caught.value)) < 3000
+    assert time.perf_counter() - start < 5
 
 
 @pytest.mark.parametrize("depth", [10_000, 1_000_000])
