@@ -3,7 +3,7 @@
 A pickle is a program for a small stack machine. Two of its instructions are dangerous: GLOBAL fetches any
 importable object by name, and REDUCE calls what is on the stack. torch answers with an unpickler of its own, in
 Python (``torch/_weights_only_unpickler.py``), which fetches and calls only what a table allows. This one follows
-the same rules and goes one step further: **what it calls is never torch**. Where the table says
+the same rules and goes one step further: **it never makes a tensor**. Where the table says
 ``_rebuild_tensor_v2``, a stand-in of three lines notes storage, offset, shape and stride in a `StoredTensor`;
 `tensors.py` checks these numbers when the whole tree is known, and can then say which tensor is wrong.
 
@@ -13,8 +13,8 @@ What follows from it:
   it to be, is allocated: ``bytearray(1 << 40)`` or ``torch.Tensor(1 << 40)``, which torch's table allows, are
   refused here.
 - Sparse, quantized and nested tensors become notes too, and are refused by name instead of failing in a kernel.
-- It is twice as fast as a meta load (100,000 tensors: see ``tests/checkpoint``), and the same on every torch from
-  2.6 on.
+- It takes a third of the time of a meta load (100,000 tensors: 4 s against 11 to 16 s on a slow machine), a seventh
+  of that of torch's unpickler alone, and is the same on every torch from 2.6 on.
 
 ``torch.serialization.add_safe_globals`` is honoured exactly as torch does: those classes and functions are called.
 Two more guards against files made to hang or to fill memory: dictionary keys are plain values (hashing a tuple of

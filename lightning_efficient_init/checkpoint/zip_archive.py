@@ -11,9 +11,9 @@ Members are stored, never deflated, in every file that torch writes. Deflated on
 silently, so they are refused, as is anything on which a local header and the directory disagree: readers that
 believe one and readers that believe the other would see different files.
 
-Decided against: the standard library's ``zipfile`` (7 times slower on 100,000 members, tolerant of leading and
-trailing junk, and blind to local headers until a member is opened); ``torch.PyTorchFileReader`` (a private name,
-reads and checksums, and aborts the conversation with C++ messages).
+Decided against: the standard library's ``zipfile`` (tolerates leading and trailing junk, looks at no local header
+until a member is opened, and is slower); ``torch.PyTorchFileReader`` (not public, and says what is wrong in terms of
+C++).
 
 The format: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT, 4.3.
 """
