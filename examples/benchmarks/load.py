@@ -191,7 +191,8 @@ def measure(title: str, name: str, folder: Path, *, check: bool) -> dict[str, An
     next(steps)
     marks = [time.perf_counter()]
     with PeakMemory([DEVICE], in_background=True) as memory:
-        for model in steps:
+        for step in steps:
+            model = step
             if DEVICE.type == "cuda":
                 torch.cuda.synchronize()
             marks.append(time.perf_counter())
