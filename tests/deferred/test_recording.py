@@ -412,7 +412,7 @@ class Refused(nn.Module):
         lambda p: p.data_ptr(),
         lambda p: p.data.add_(torch.ones(3, 4, device="meta")),
         lambda p: p.data.new([1.0]),
-        lambda p: p.data.set_(torch.from_numpy(np.ones(4, dtype=np.float32))),
+        lambda p: p.data.set_(torch.from_numpy(np.ones(300_000, dtype=np.float32))),
     ],
 )
 def test_what_cannot_be_recorded_raises_at_once_and_names_module_operation_and_remedy(fail):
