@@ -45,6 +45,8 @@ from lightning_efficient_init.errors import UnrecordableError
 aten = torch.ops.aten
 _local = threading.local()
 _CPU = torch.device("cpu")
+_NUMBERS = (int, float, bool)
+_MOST_NUMBERS = 4
 _META = torch.device("meta")
 _CONSTANT_BYTES = 1 << 20  # a real tensor up to this size is copied into a recipe; a larger one stays what it is
 
@@ -256,6 +258,8 @@ class Recorder:
 
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run or record one operation."""
+        if func in FILLS and len(args) <= _MOST_NUMBERS and (recipe := self._filled(args)) is not None:
+            return self._fill(func, args, kwargs, recipe)
         tensors = list(_tensors_in(args, kwargs))
         metas = [t for t in tensors if t.is_meta]
         if metas and any(recipe_of(t) is not None for t in metas):
@@ -388,6 +392,26 @@ class Recorder:
         except Exception:  # no meta kernel, or a shape that depends on values: the values decide, or it raises for real
             return self._forced(func, args, kwargs)
         return self._record(func, args, kwargs, written, out)
+
+    def _filled(self, args: tuple[Any, ...]) -> Recipe | None:
+        """The recipe of a deferred tensor that is filled from numbers alone."""
+        if any(not isinstance(arg, _NUMBERS) for arg in args[1:]) or not args[0].is_meta:
+            return None
+        return recipe_of(args[0])
+
+    def _fill(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], recipe: Recipe) -> torch.Tensor:
+        """The short way for what nearly all initializers come down to."""
+        target: torch.Tensor = args[0]
+        ref = Ref.to(target, recipe)
+        op = Op(func, (ref, *args[1:]), kwargs, recipe.device, writes=(recipe,))
+        op.overwrites = ref.covers_recipe
+        if not op.overwrites:
+            op.reads = (recipe,)
+        if traits_of(func).random:
+            self._draw(op)
+        recipe.ops.append(op)
+        recipe.stale = recipe.real is not None
+        return target
 
     def _in_place(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: list[torch.Tensor]
