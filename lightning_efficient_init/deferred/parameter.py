@@ -8,11 +8,13 @@ No mode is active then, so a deferred parameter guards itself: its class is exch
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_efficient_init.deferred.recipe import Op, Recipe, Ref, attach, recipe_of
 from lightning_efficient_init.errors import DeferredParameterError
@@ -29,9 +31,16 @@ def exchange(tensor: torch.Tensor, data: torch.Tensor) -> None:
     torch._C._swap_tensor_impl(tensor, fresh)
 
 
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Work of ours that no mode is to see, nor autograd."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
+        yield
+
+
 def give_memory(tensors: Iterable[torch.Tensor], storage: torch.UntypedStorage) -> None:
     """Put deferred tensors that share memory on the real ``storage``."""
-    with torch._C.DisableTorchFunction(), torch.no_grad():
+    with undisturbed():
         for tensor in tensors:
             recipe = recipe_of(tensor)
             assert recipe is not None
@@ -206,6 +215,17 @@ def _set_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             exchange(target, data)  # type: ignore[arg-type]
         return
     func(target, data)
+
+
+def cast(tensors: list[torch.Tensor], dtype: torch.dtype) -> None:
+    """Cast tensors that share memory and are of one dtype, keeping identity and sharing."""
+    with undisturbed():
+        refs = [Ref(Recipe(t.device, 0), dtype, tuple(t.shape), t.stride(), t.storage_offset()) for t in tensors]
+        storage = tensors[0].untyped_storage()
+        numel = storage.nbytes() // tensors[0].element_size()
+        flat = Ref(refs[0].recipe, tensors[0].dtype, (numel,), (1,), 0).on(storage).to(dtype)
+        for tensor, ref in zip(tensors, refs, strict=True):
+            exchange(tensor, ref.on(flat.untyped_storage()))
 
 
 def remember_alias(tensor: torch.Tensor, alias: torch.Tensor) -> None:

@@ -171,9 +171,11 @@ class Recorder:
         _local.recorder = None
         patches.leave()
         try:
-            with _undisturbed():
+            with parameter.undisturbed():
                 if kind is None:
                     self._finish()
+                else:
+                    self._abandon()
         finally:
             places.leave(self._generators)
             self._tensors.clear()
@@ -214,6 +216,12 @@ class Recorder:
             for tensor in tensors:
                 parameter.guard(tensor)
 
+    def _abandon(self) -> None:
+        """After an exception nothing is run; whoever kept a part of the model finds it deferred."""
+        for tensor in self._living():
+            if tensor.is_meta and recipe_of(tensor) is not None:
+                parameter.guard(tensor)
+
     def _parameter_recipes(self) -> set[Recipe]:
         living = (ref() for ref in self.parameters)
         found = (recipe_of(p) for p in living if p is not None and p.is_meta)
@@ -225,7 +233,7 @@ class Recorder:
     def allocate(self) -> None:
         """Give memory to the parameters that were recorded here, are alive, and are deferred."""
         groups: dict[Recipe, list[torch.Tensor]] = {}
-        with _undisturbed():
+        with parameter.undisturbed():
             for param in {id(p): p for ref in self.parameters if (p := ref()) is not None}.values():
                 recipe = recipe_of(param) if param.is_meta else None
                 if recipe is not None:
@@ -444,7 +452,7 @@ class Recorder:
         assert recipe is not None
         op = Op(func, (Ref.to(target, recipe), *rest), {}, recipe.device, writes=(recipe,))
         op.overwrites = op.args[0].covers_recipe
-        with _undisturbed():
+        with parameter.undisturbed():
             self._draw(op)
         recipe.ops.append(op)
         recipe.stale = recipe.real is not None
@@ -547,7 +555,7 @@ class Recorder:
             recipe = None if data.is_meta else recipe_of(data)
         if recipe is None or recipe.external or not recipe.ops:
             return data
-        with _undisturbed():
+        with parameter.undisturbed():
             storage = torch.empty(recipe.num_bytes, dtype=torch.uint8, device=_META).untyped_storage()
             attach(storage, recipe)
             recipe.real = weakref.ref(data.untyped_storage())
@@ -564,7 +572,7 @@ class Recorder:
 
     def _refresh_memory(self, recipe: Recipe, storage: torch.UntypedStorage) -> None:
         recipe.stale = False
-        with _undisturbed():
+        with parameter.undisturbed():
             storage.copy_(evaluate([recipe])[recipe], False)
 
     def _refresh_twins(self) -> None:
@@ -663,7 +671,7 @@ def _get_device(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: di
 
 def _on_values(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``tolist``, ``repr``: on a copy with the values."""
-    with _undisturbed():
+    with parameter.undisturbed():
         return func(*recorder.values(args), **kwargs)
 
 
@@ -756,7 +764,7 @@ def _set_data(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
     if target.is_meta == data.is_meta:
         func(target, data)
     else:
-        with _undisturbed():
+        with parameter.undisturbed():
             parameter.exchange(target, data)
     recorder.track(target)
 
@@ -765,7 +773,7 @@ def _copy(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str
     """Weights that come from outside: the parameter gets its memory now."""
     target, source = args[0], args[1] if len(args) > 1 else kwargs.get("src")
     if _is_deferred(target) and _is_external(source):
-        with _undisturbed():
+        with parameter.undisturbed():
             recorder.bind(target)
     out = func(*args, **kwargs)
     recorder.track(out)
@@ -1033,13 +1041,6 @@ def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
 
 def _copy_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone()
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Work of ours that no mode is to see."""
-    with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
-        yield
 
 
 def refusal(operation: str, reason: str) -> UnrecordableError:

@@ -159,6 +159,26 @@ def test_first_use_initializes_what_nobody_wrote_and_warns_once(use, device):
         use(found, device)
 
 
+def test_a_parameter_written_in_part_is_reported():
+    found, expected = build()
+    state = expected.state_dict()
+    found.load_state_dict({k: v for k, v in state.items() if k not in ("embedding.weight", "head.weight")}, strict=False)
+    found.embedding.weight.data[:10] = 1
+    watch(found)
+    with pytest.warns(UninitializedParameterWarning, match="1 parameters have been written in part only.*embedding"):
+        found(torch.arange(5))
+
+
+def test_allocating_inside_a_recording_keeps_aliases():
+    with deferred_init():
+        layer = nn.Linear(4, 4)
+        view = layer.weight.data.view(-1)
+        allocate(layer)
+        assert not layer.weight.is_meta
+    initialize(layer)
+    assert torch.equal(view, layer.weight.view(-1))
+
+
 def test_a_deferred_model_is_initialized_at_first_use_too():
     torch.manual_seed(0)
     expected = Net()

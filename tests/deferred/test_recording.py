@@ -123,6 +123,17 @@ def test_materialize_casts_parameters_and_leaves_buffers():
     assert found[1].running_mean.dtype == torch.float32
 
 
+def test_a_cast_keeps_views_ties_and_identity():
+    with deferred_init():
+        found = Views()
+    whole = found.whole
+    materialize(found, dtype=torch.bfloat16)
+    assert found.whole is whole
+    assert found.flat.dtype == torch.bfloat16
+    found.flat[0] = 42
+    assert whole[0, 0] == 42
+
+
 def test_copies_of_layers_are_copies_of_their_values(device, same_as_eager):
     def build():
         layer = nn.Linear(6, 7)
