@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from lightning_efficient_init.deferred.audit import UninitializedParameterWarning, uninitialized_parameters, watch
 from lightning_efficient_init.deferred.materialize import (
     allocate,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -117,7 +117,7 @@ class Guarded:
         raise misuse(self, "saved or pickled")  # type: ignore[arg-type]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _guarded(bare: type[torch.Tensor]) -> type[torch.Tensor]:
     members = {"_bare": bare, "__slots__": (), "__module__": __name__}
     return type(f"Deferred{bare.__name__}", (Guarded, bare), members)

@@ -29,7 +29,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -504,7 +504,7 @@ class Recorder:
         target, source = args[0], args[1] if len(args) > 1 else None
         if isinstance(source, torch.Tensor) and not source.is_meta:
             args = (target, self.defer(source), *args[2:])
-        if len(args) > 1 and args[1].device != _META or not target.is_meta:
+        if (len(args) > 1 and args[1].device != _META) or not target.is_meta:
             raise refusal(str(func), "it exchanges the memory of a deferred tensor for a real one, or the reverse")
         return func(*args, **kwargs)
 
@@ -922,7 +922,7 @@ class _Traits:
     writes: tuple[tuple[int, str], ...]
 
 
-@lru_cache(maxsize=None)
+@cache
 def traits_of(func: Any) -> _Traits:
     """The traits of an ``OpOverload``."""
     schema = getattr(func, "_schema", None)

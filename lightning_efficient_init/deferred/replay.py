@@ -15,14 +15,14 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_efficient_init.deferred.recipe import Op, Recipe, Ref, operations_for
-from lightning_efficient_init.deferred.streams import Cursor, Draw, borrowed, default_generator, generator_of, lock
+from lightning_efficient_init.deferred.streams import Cursor, Draw, borrowed, default_generator, lock
 
 aten = torch.ops.aten
 
 # In-place operations that do not look at what they write on.
 FILLS = {aten.normal_.default, aten.uniform_.default, aten.zero_.default, aten.fill_.Scalar, aten.fill_.Tensor}
 FILLS |= {aten.bernoulli_.float, aten.exponential_.default, aten.log_normal_.default, aten.cauchy_.default}
-FILLS |= {aten.random_.default, aten.random_.to, getattr(aten.random_, "from")}  # noqa: B009 (a keyword)
+FILLS |= {aten.random_.default, aten.random_.to, getattr(aten.random_, "from")}
 FILLS |= {aten.geometric_.default, aten.copy_.default}
 
 

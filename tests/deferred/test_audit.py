@@ -142,7 +142,14 @@ def assert_unwatched(model):
         assert not module._state_dict_pre_hooks
 
 
-@pytest.mark.parametrize("use", [lambda m, d: m(torch.arange(5, device=d)), lambda m, d: m.state_dict(), lambda m, d: m.head(torch.ones(2, 6, device=d))])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda m, d: m(torch.arange(5, device=d)),
+        lambda m, d: m.state_dict(),
+        lambda m, d: m.head(torch.ones(2, 6, device=d)),
+    ],
+)
 def test_first_use_initializes_what_nobody_wrote_and_warns_once(use, device):
     found, expected = build(device)
     state = expected.state_dict()
@@ -162,7 +169,9 @@ def test_first_use_initializes_what_nobody_wrote_and_warns_once(use, device):
 def test_a_parameter_written_in_part_is_reported():
     found, expected = build()
     state = expected.state_dict()
-    found.load_state_dict({k: v for k, v in state.items() if k not in ("embedding.weight", "head.weight")}, strict=False)
+    found.load_state_dict(
+        {k: v for k, v in state.items() if k not in ("embedding.weight", "head.weight")}, strict=False
+    )
     found.embedding.weight.data[:10] = 1
     watch(found)
     with pytest.warns(UninitializedParameterWarning, match="1 parameters have been written in part only.*embedding"):
