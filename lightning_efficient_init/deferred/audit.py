@@ -49,7 +49,7 @@ def allocate(groups: dict[Recipe, list[torch.Tensor]]) -> None:
     for recipe, tensors in groups.items():
         storage = memory.get(recipe)
         if storage is None:
-            storage = torch.UntypedStorage(recipe.num_bytes, device=recipe.device)
+            storage = torch.UntypedStorage(recipe.num_bytes, device=recipe.device)  # type: ignore[no-untyped-call]
             refs = [Ref.to(tensor, recipe) for tensor in tensors]
             parameter.give_memory(tensors, storage)
             for tensor, ref in zip(tensors, refs, strict=True):
@@ -111,7 +111,7 @@ def watch(model: torch.nn.Module) -> None:
 
     for module in model.modules():
         handles.append(module.register_forward_pre_hook(check))
-        handles.append(module.register_state_dict_pre_hook(check))
+        handles.append(module.register_state_dict_pre_hook(check))  # type: ignore[no-untyped-call]
 
 
 def _audit(model: torch.nn.Module) -> None:

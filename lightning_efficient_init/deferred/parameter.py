@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def guard(tensor: torch.Tensor) -> None:
 def unguard(tensor: torch.Tensor) -> None:
     """Give a tensor the class back that it was made with."""
     if isinstance(tensor, Guarded):
-        tensor.__class__ = type(tensor)._bare
+        tensor.__class__ = type(tensor)._bare  # type: ignore[assignment]
 
 
 def misuse(tensor: torch.Tensor, what: str) -> DeferredParameterError:
@@ -86,7 +87,7 @@ def path_being_built() -> str:
         frame = frame.f_back  # type: ignore[assignment]
     modules.reverse()
     names = [type(module).__name__ for module in modules[:1]]
-    for parent, child in zip(modules, modules[1:], strict=False):
+    for parent, child in pairwise(modules):
         name = next((n for n, m in parent.__dict__.get("_modules", {}).items() if m is child), None)
         names.append(f".{name}" if name is not None else f" > {type(child).__name__}")
     return "".join(names) or "outside of any module"
@@ -201,7 +202,7 @@ def _load(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise misuse(source, "copied")  # type: ignore[arg-type]
     if source.is_meta:
         return func(*args, **kwargs)
-    torch.broadcast_shapes(target.shape, source.shape)
+    torch.broadcast_shapes(target.shape, source.shape)  # type: ignore[no-untyped-call]
     bind(target)
     return func(*args, **kwargs)
 
@@ -220,7 +221,7 @@ def _set_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 def cast(tensors: list[torch.Tensor], dtype: torch.dtype) -> None:
     """Cast tensors that share memory and are of one dtype, keeping identity and sharing."""
     with undisturbed():
-        refs = [Ref(Recipe(t.device, 0), dtype, tuple(t.shape), t.stride(), t.storage_offset()) for t in tensors]
+        refs = [Ref(Recipe(t.device, 0), dtype, tuple(t.shape), t.stride(), t.storage_offset()) for t in tensors]  # type: ignore[arg-type]
         storage = tensors[0].untyped_storage()
         numel = storage.nbytes() // tensors[0].element_size()
         flat = Ref(refs[0].recipe, tensors[0].dtype, (numel,), (1,), 0).on(storage).to(dtype)

@@ -16,7 +16,7 @@ How it works
 
 Decided against
     FakeTensorMode: five times the time per operation, and neither real buffers nor ``.item()``.
-    Real tensors whose storage is freed: right ``p.device`` for nothing, but any kernel that reads them crashes the process.
+    Real tensors whose storage is freed: right ``p.device`` for nothing, but a kernel that reads them crashes the process.
     Recording everything lazily: then every buffer, list and closure that holds a tensor needs an exchange at the end.
     Values of parameters by drawing at once and keeping the generator's state per parameter: construction would cost
     as much as eager construction. Positions in the stream are arithmetic instead (streams.py).
@@ -162,12 +162,12 @@ class Recorder:
         places.enter()
         _local.recorder = self
         for mode in self._modes:
-            mode.__enter__()
+            mode.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         for mode in reversed(self._modes):
-            mode.__exit__(None, None, None)
+            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         _local.recorder = None
         patches.leave()
         try:
@@ -264,7 +264,7 @@ class Recorder:
 
     # -- operations
 
-    def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: PLR0911
         """Run or record one operation."""
         if func in FILLS and len(args) <= _MOST_NUMBERS and (recipe := self._filled(args)) is not None:
             return self._fill(func, args, kwargs, recipe)
@@ -309,7 +309,7 @@ class Recorder:
             self._draw(op)
         recipe.ops.append(op)
         self.track(out)
-        return out
+        return out  # type: ignore[no-any-return]
 
     def _real(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run for real, and write it down as long as all it depends on is written down."""
@@ -377,7 +377,9 @@ class Recorder:
         self._note(op, None if self.paused else reads, args, kwargs, out)
         return out
 
-    def _deferred(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor]) -> Any:
+    def _deferred(  # noqa: PLR0911
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor]
+    ) -> Any:
         """An operation on deferred tensors."""
         if func in _LIKE and _is_deferred(args[0]):
             return self._like(func, args, kwargs)
@@ -427,7 +429,7 @@ class Recorder:
         if func not in FILLS:
             _check_on_meta(func, args, kwargs)
         elif func is aten.copy_.default:
-            torch.broadcast_shapes(args[0].shape, args[1].shape)
+            torch.broadcast_shapes(args[0].shape, args[1].shape)  # type: ignore[no-untyped-call]
         return self._record(func, args, kwargs, written, args[0])  # type: ignore[no-any-return]
 
     def _record(
@@ -603,11 +605,11 @@ class Recorder:
         recipe.ops.clear()
 
 
-class _Dispatch(TorchDispatchMode):
+class _Dispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """What reaches a kernel."""
 
     def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = recorder
 
     @classmethod
@@ -789,7 +791,7 @@ def _deepcopy(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
 
 _T = torch.Tensor
 _SPECIAL: dict[Any, Any] = {
-    _T.device.__get__: _device,  # type: ignore[attr-defined]
+    _T.device.__get__: _device,
     _T.is_meta.__get__: _is_type("meta"),  # type: ignore[attr-defined]
     _T.is_cpu.__get__: _is_type("cpu"),  # type: ignore[attr-defined]
     _T.is_cuda.__get__: _is_type("cuda"),  # type: ignore[attr-defined]

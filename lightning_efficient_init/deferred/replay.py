@@ -93,7 +93,7 @@ class Replay:
         """The memory of ``recipe``, allocated at its first use."""
         storage = self._memory.get(recipe)
         if storage is None:
-            storage = torch.UntypedStorage(recipe.num_bytes, device=self._place(recipe.device))
+            storage = torch.UntypedStorage(recipe.num_bytes, device=self._place(recipe.device))  # type: ignore[no-untyped-call]
             self._memory[recipe] = storage
         elif storage.nbytes() < recipe.num_bytes:
             storage.resize_(recipe.num_bytes)
@@ -155,7 +155,7 @@ class Replay:
             if ref is None:
                 continue
             if out.stride() != ref.stride or out.storage_offset() != ref.offset:
-                laid_out = ref.on(torch.UntypedStorage(ref.recipe.num_bytes, device=out.device))
+                laid_out = ref.on(torch.UntypedStorage(ref.recipe.num_bytes, device=out.device))  # type: ignore[no-untyped-call]
                 out = laid_out.copy_(out)  # noqa: PLW2901 (the kernel's layout is not the one recorded)
             self._memory[ref.recipe] = out.untyped_storage()
 

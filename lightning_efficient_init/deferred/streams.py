@@ -122,7 +122,7 @@ class Places:
         if generator is torch.default_generator and torch.version.cuda is not None:
             if self._last is not None and torch.equal(self._last[0], state):
                 stream.before = self._last[1]
-            if torch.cuda.is_initialized():
+            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
                 stream.elsewhere = {g.device: g.get_state() for g in torch.cuda.default_generators}
         return stream
 
@@ -189,7 +189,7 @@ class Places:
         """Let ``generator``, which is at ``state``, hold a token for ``draw``."""
         self._count += 1
         words = (ctypes.c_uint64 * len(_token(0))).from_address(state.data_ptr() + _TOKEN.start)
-        words[:] = _token(self._count)  # a fifth of the time of a tensor operation, for each random operation
+        words[:] = _token(self._count)  # type: ignore[assignment]  # a fifth of the time of a tensor operation, for each random operation
         generator.set_state(state)
         self._tokens[self._count] = draw
         self._current[generator] = (state, draw)
@@ -226,7 +226,7 @@ def default_generator(device: torch.device) -> torch.Generator:
     module = getattr(torch, device.type)
     index = device.index if device.index is not None else module.current_device()
     if device.type == "cuda":
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     return module.default_generators[index]  # type: ignore[no-any-return]
 
 

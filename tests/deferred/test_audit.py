@@ -52,7 +52,9 @@ def build(device="cpu", seed=0):
 
 def assert_same(found, expected):
     assert list(found.state_dict()) == list(expected.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), expected.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(found.state_dict().values(), expected.state_dict().values(), strict=True)
+    )
 
 
 def test_empty_init_gives_memory_and_keeps_ties_identity_and_requires_grad(device):
@@ -113,7 +115,7 @@ def _fill(found, state):
 
 def _numpy(found, state):
     for name, p in found.named_parameters():
-        p.detach().cpu().numpy()[...] = state[name].cpu()
+        p.detach().numpy()[...] = state[name].numpy()
 
 
 @pytest.mark.parametrize("write", [_load, _assign, _copy, _data_copy, _data, _index, _fill])
@@ -259,7 +261,7 @@ def test_allocate_takes_names_and_forget_drops_recipes():
 
 def test_an_exception_allocates_nothing():
     models = []
-    with pytest.raises(ZeroDivisionError), empty_init():
+    with pytest.raises(ZeroDivisionError), empty_init():  # noqa: PT012
         models.append(Net())
         raise ZeroDivisionError
     assert is_deferred(models[0])

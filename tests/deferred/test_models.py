@@ -143,7 +143,7 @@ def test_a_model_of_x_transformers_is_the_same(options, device, same_as_eager):
     same_as_eager(lambda: _x_transformers(**options), device)
 
 
-@pytest.mark.parametrize("module, name, options", [("vit", "ViT", {}), ("cait", "CaiT", {"cls_depth": 1})])
+@pytest.mark.parametrize(("module", "name", "options"), [("vit", "ViT", {}), ("cait", "CaiT", {"cls_depth": 1})])
 def test_a_model_of_vit_pytorch_is_the_same(module, name, options, device, same_as_eager):
     pytest.importorskip("torchvision", reason="vit_pytorch imports torchvision")
     vit = getattr(pytest.importorskip(f"vit_pytorch.{module}"), name)
