@@ -16,7 +16,7 @@ How it works
 
 Decided against
     FakeTensorMode: five times the time per operation, and neither real buffers nor ``.item()``.
-    Real tensors whose storage is freed: right ``p.device`` for nothing, but a kernel that reads them crashes the process.
+    Real tensors whose storage is freed: ``p.device`` is right, but a kernel that reads them crashes the process.
     Recording everything lazily: then every buffer, list and closure that holds a tensor needs an exchange at the end.
     Values of parameters by drawing at once and keeping the generator's state per parameter: construction would cost
     as much as eager construction. Positions in the stream are arithmetic instead (streams.py).

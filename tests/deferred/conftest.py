@@ -9,7 +9,6 @@ import torch
 
 from lightning_efficient_init.deferred import deferred_init, is_deferred, materialize
 
-
 _CPU = torch.device("cpu")
 
 
