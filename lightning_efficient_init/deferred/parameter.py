@@ -7,6 +7,7 @@ No mode is active then, so a deferred parameter guards itself: its class is exch
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -34,14 +35,20 @@ def exchange(tensor: torch.Tensor, data: torch.Tensor) -> None:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Work of ours that no mode is to see, nor autograd."""
-    with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
-        yield
+    """Work of ours that no mode is to see, nor autograd, nor the garbage collector (we make many objects, no garbage)."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
+            yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def give_memory(tensors: Iterable[torch.Tensor], storage: torch.UntypedStorage) -> None:
     """Put deferred tensors that share memory on the real ``storage``."""
-    with undisturbed():
+    with torch._C.DisableTorchFunction(), torch.no_grad():
         for tensor in tensors:
             recipe = recipe_of(tensor)
             assert recipe is not None
@@ -286,7 +293,15 @@ def _flat(args: Iterable[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
 
 
 _T = torch.Tensor
-_HARMLESS = {"requires_grad_", "retain_grad", "_backward_hooks", "__set__", "__hash__", "untyped_storage"}
+_HARMLESS = {
+    "_has_compatible_shallow_copy_type",
+    "requires_grad_",
+    "retain_grad",
+    "_backward_hooks",
+    "__set__",
+    "__hash__",
+    "untyped_storage",
+}
 _HANDLERS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
     _T.data.__get__: _get_data,  # type: ignore[attr-defined]
     _T.detach: _get_data,
