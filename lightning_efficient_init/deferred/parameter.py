@@ -35,7 +35,7 @@ def exchange(tensor: torch.Tensor, data: torch.Tensor) -> None:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Work of ours that no mode is to see, nor autograd, nor the garbage collector (we make many objects, no garbage)."""
+    """Work of ours that no mode, nor autograd is to see; nor the garbage collector: many objects, no garbage."""
     collects = gc.isenabled()
     gc.disable()
     try:

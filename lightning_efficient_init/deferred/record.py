@@ -75,6 +75,8 @@ _LIKE: dict[Any, Any] = {
 _LIFTS = {aten.lift_fresh.default, aten.lift.default}
 _SET = {aten.set_.source_Tensor, aten.set_.source_Storage, aten.set_.source_Storage_storage_offset, aten.set_.default}
 _SET |= {aten.set_.source_Tensor_storage_offset}
+_UNDECLARED_WRITES = {aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default}
+_UNDECLARED_WRITES |= {aten.batch_norm_update_stats.default, aten.batch_norm_gather_stats_with_counts.default}
 _VALUES = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default, aten.allclose.default}
 
 
@@ -390,6 +392,8 @@ class Recorder:
         """An operation on deferred tensors."""
         if func in _LIKE and _is_deferred(args[0]):
             return self._like(func, args, kwargs)
+        if _asks_for_meta(kwargs):  # as accelerate's `init_empty_weights` does: no recipe is wanted
+            return func(*_to_meta(args), **kwargs)
         traits = traits_of(func)
         if func in _SET:
             return self._set(func, args, kwargs)
@@ -684,6 +688,13 @@ def _on_values(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dic
         return func(*recorder.values(args), **kwargs)
 
 
+def _recurrent(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``lstm`` and its kin insist on one device for input and weights, before any operation reaches a kernel."""
+    with parameter.undisturbed():
+        args = recorder.values(args)
+    return func(*args, **kwargs)
+
+
 def _numpy(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A NumPy view of memory that is not there: a copy which refuses to be written."""
     if not args[0].is_meta:
@@ -809,6 +820,7 @@ _SPECIAL: dict[Any, Any] = {
     _T.numpy: _numpy,
     _T.__array__: _numpy,
     _T.data_ptr: _address,
+    _T.__dlpack__: _address,
     _T.to: _to_like,
     _T.type_as: _to_like,
     _T.new: _new,
@@ -820,7 +832,8 @@ _SPECIAL: dict[Any, Any] = {
     _T.copy_: _copy,
     _T.__deepcopy__: _deepcopy,
 }
-_ON_REAL_TOO = {_set_data, _numpy, _address, _to_like}
+_SPECIAL |= {getattr(torch._VF, name): _recurrent for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
+_ON_REAL_TOO = {_recurrent, _set_data, _numpy, _address, _to_like}
 
 
 def _is_deferred_or(args: tuple[Any, ...], special: Any) -> bool:
@@ -938,6 +951,8 @@ def traits_of(func: Any) -> _Traits:
     if schema is None:
         return _Traits(False, False, ())
     writes = [(i, a.name) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    if func in _UNDECLARED_WRITES:
+        writes = [(i, a.name) for i, a in enumerate(schema.arguments) if a.name in ("running_mean", "running_var")]
     in_place = bool(writes) and writes[0][0] == 0 and len(writes) == 1 and len(schema.returns) == 1
     in_place = in_place and not str(schema.arguments[0].type).startswith("List")
     return _Traits(torch.Tag.nondeterministic_seeded in func.tags, in_place, tuple(writes))

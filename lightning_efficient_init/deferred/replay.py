@@ -154,6 +154,7 @@ class Replay:
         for ref, out in zip(op.outs, results, strict=False):
             if ref is None:
                 continue
+            assert (out.dtype, tuple(out.shape)) == (ref.dtype, ref.size), f"{op.func}: not the recorded result"
             if out.stride() != ref.stride or out.storage_offset() != ref.offset:
                 laid_out = ref.on(torch.UntypedStorage(ref.recipe.num_bytes, device=out.device))  # type: ignore[no-untyped-call]
                 out = laid_out.copy_(out)  # noqa: PLW2901 (the kernel's layout is not the one recorded)

@@ -345,7 +345,7 @@ def _known_cost(normal: bool, dtype: torch.dtype) -> bool:
     if dtype not in (*_SINGLE_DRAW, torch.float64):
         return False
     width = 1 if dtype in _SINGLE_DRAW else 2
-    generator, expected = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    generator, expected = torch.Generator("cpu").manual_seed(1), torch.Generator("cpu").manual_seed(1)
     for numel in (35, 48):
         scratch = torch.empty(numel, dtype=dtype, device="cpu")
         scratch.normal_(generator=generator) if normal else scratch.uniform_(generator=generator)

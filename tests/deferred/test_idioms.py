@@ -123,7 +123,21 @@ def scaled_by_depth():
     return layers
 
 
+class MeasuresItself(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(), nn.Flatten())
+        width = self.features(torch.zeros(2, 3, 8, 8)).shape[1]
+        self.head = nn.Linear(width, 4)
+        self.recurrent = nn.LSTM(4, 5, num_layers=2, dropout=0.5)
+        self.state = self.recurrent(torch.ones(3, 1, 4))[0].detach()
+        self.attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.seen = self.attention(torch.ones(1, 3, 8)).detach()
+        self.scale = self.features(torch.ones(2, 3, 8, 8)).std().item()
+
+
 IDIOMS = {
+    "a forward to measure itself": MeasuresItself,
     "weight_norm of old": old_weight_norm,
     "pruned": pruned,
     "parameters that share memory": shared_memory,
