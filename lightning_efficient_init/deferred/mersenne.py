@@ -25,7 +25,7 @@ _LEFT = slice(8, 12)
 _WORDS = slice(24, 24 + 8 * NUM_WORDS)
 _MANY_DRAWS = 1 << 23  # from here on a jump is quicker than drawing
 _CHUNK = 1 << 18
-_ROWS = 256  # XORed at a time, so that they stay in the cache; a power of two
+_ROWS = 32  # XORed at a time: in the cache, and too few for threads, which on a busy machine wait for each other
 
 # Exponents of p below its degree, found with the Berlekamp-Massey algorithm; tests/deferred/test_mersenne.py
 # compares jumps with draws.
