@@ -122,7 +122,7 @@ class Places:
         if generator is torch.default_generator and torch.version.cuda is not None:
             if self._last is not None and torch.equal(self._last[0], state):
                 stream.before = self._last[1]
-            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            if torch.cuda.is_initialized():
                 stream.elsewhere = {g.device: g.get_state() for g in torch.cuda.default_generators}
         return stream
 
@@ -226,7 +226,7 @@ def default_generator(device: torch.device) -> torch.Generator:
     module = getattr(torch, device.type)
     index = device.index if device.index is not None else module.current_device()
     if device.type == "cuda":
-        torch.cuda.init()  # type: ignore[no-untyped-call]
+        torch.cuda.init()
     return module.default_generators[index]  # type: ignore[no-any-return]
 
 
