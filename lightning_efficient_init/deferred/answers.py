@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from lightning_efficient_init.deferred.record import Recorder
 
 
+_MAY_HOLD_TENSORS = (torch.Tensor, tuple, list)
+
+
 class Answers(TorchFunctionMode):
     """What does not reach a kernel, and what must not reach the function modes below."""
 
@@ -46,28 +49,25 @@ class Answers(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        answer = self._answer_for(func, args, kwargs)
-        if answer is not None:
-            return answer(self._recorder, func, args, kwargs)
-        with _guard_for(func):
-            out = func(*args, **kwargs)
-        self._track(out)
-        return out
-
-    def _answer_for(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         answer = _ANSWERS.get(func)
-        if answer is None and "out" not in kwargs:
-            return None
-        with torch._C.DisableTorchFunction():
-            if answer is not None and args and (answer in _ON_REAL_TOO or is_deferred(args[0])):
-                return answer
-            return _into if is_deferred(kwargs.get("out")) and func in _device_constructors() else None
-
-    def _track(self, out: Any) -> None:
-        if isinstance(out, torch.Tensor | tuple | list):
+        if answer is not None or (kwargs and "out" in kwargs):
+            answer = _applicable(answer, func, args, kwargs or {})
+            if answer is not None:
+                return answer(self._recorder, func, args, kwargs or {})
+        with _guard_for(func):
+            out = func(*args, **kwargs) if kwargs else func(*args)
+        if isinstance(out, _MAY_HOLD_TENSORS):
             with torch._C.DisableTorchFunction():
                 self._recorder.track(out)
+        return out
+
+
+def _applicable(answer: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``answer``, or that for ``out=``, if the call is about a deferred tensor."""
+    with torch._C.DisableTorchFunction():
+        if answer is not None and args and (answer in _ON_REAL_TOO or is_deferred(args[0])):
+            return answer
+        return _into if is_deferred(kwargs.get("out")) and func in _device_constructors() else None
 
 
 def _guard_for(func: Any) -> Any:

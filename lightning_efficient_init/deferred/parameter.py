@@ -208,9 +208,9 @@ def remember_alias(tensor: torch.Tensor, alias: torch.Tensor) -> None:
     """Let ``alias`` get memory together with ``tensor``."""
     recipe = recipe_of(tensor)
     assert recipe is not None
-    recipe.aliases = [ref for ref in recipe.aliases if ref() is not None]
-    known = {id(ref()) for ref in recipe.aliases}
-    recipe.aliases += [weakref.ref(t) for t in (tensor, alias) if id(t) not in known]
+    living = [ref for ref in recipe.aliases if ref() is not None]
+    known = {id(ref()) for ref in living}
+    recipe.aliases = [*living, *(weakref.ref(t) for t in (tensor, alias) if id(t) not in known)]
 
 
 def bind(tensor: torch.Tensor) -> None:
