@@ -4,8 +4,8 @@
     python examples/benchmarks/deferred.py --materialize 7B      # 28 GB of memory, on the GPU if there is one
 
 Every measurement runs in a fresh process, and the rounds are interleaved. Memory is the growth of the process's
-anonymous memory (or of the GPU's) from the moment libraries are imported; recording is to stay below a GB, and materializing a
-model of N bytes below N and one and a half times its largest parameter.
+anonymous memory (or of the GPU's) from the moment libraries are imported; recording is to stay below a GB, and
+materializing a model of N bytes below N and one and a half times its largest parameter.
 """
 
 from __future__ import annotations

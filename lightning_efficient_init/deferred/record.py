@@ -3,15 +3,15 @@
 How it works
     Two modes are active under `deferred_init`. The dispatch mode (dispatch.py) sees every operation that reaches a
     kernel. What makes memory without values (``torch.empty``) or with random values gives a *deferred* tensor: a meta
-    tensor whose storage carries a `Recipe`. Operations on deferred tensors run on meta, for shapes and aliases, and are written
-    down in the recipes of the storages that they write. Everything else (``arange``, ``zeros``, ``tensor`` and what is
-    computed from them) runs for real at once, so ``.item()``, NumPy and control flow work as ever; it is written down
+    tensor whose storage carries a `Recipe`. Operations on deferred tensors run on meta, for shapes and aliases, and are
+    written down in the recipes of the storages that they write. Everything else (``arange``, ``zeros``, ``tensor`` and
+    what is computed from them) runs for real at once, so ``.item()``, NumPy and control flow work as ever; it is written down
     too, since a ``Parameter`` may be made of it. ``Parameter(real)`` gives the memory up and keeps the recipe.
     When values of a deferred tensor are asked for (a branch on a random number) its recipe is run, then and there,
     on scratch memory, with exactly the numbers that eager construction would have drawn.
     The function mode (answers.py) is for what does not reach a kernel: ``p.device`` and ``p.is_meta`` answer as they
-    would in eager construction, ``p.data = x``, ``p.numpy()``, loading of real weights, and `torch.nn.init` functions, which
-    it runs itself so that no mode below (Lightning's ``_EmptyInit``) skips them.
+    would in eager construction, ``p.data = x``, ``p.numpy()``, loading of real weights, and `torch.nn.init` functions,
+    which it runs itself so that no mode below (Lightning's ``_EmptyInit``) skips them.
     Parameters, pickling and layers that want addresses are seen by patches (patches.py).
     When the recording ends, deferred tensors that no parameter shares get their memory and values in place.
 
