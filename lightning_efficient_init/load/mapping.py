@@ -40,12 +40,13 @@ class _Mappings:
     def storage(self, name: str, entry: Entry) -> torch.UntypedStorage:
         """A mapping of the entry's file in which no other tensor has its bytes."""
         mappings = self._by_file.setdefault(entry.file, [])
-        for storage, extents in mappings:
-            if extents.add(entry):
-                return storage
-        mappings.append((_map_file(name, entry), _Extents()))
-        mappings[-1][1].add(entry)
-        return mappings[-1][0]
+        chosen = next((storage for storage, extents in mappings if extents.add(entry)), None)
+        if chosen is None:
+            chosen, extents = _map_file(name, entry), _Extents()
+            extents.add(entry)
+            mappings.append((chosen, extents))
+        _check_inside(name, entry, chosen.nbytes())
+        return chosen
 
 
 class _Extents:
@@ -73,13 +74,16 @@ def _map_file(name: str, entry: Entry) -> torch.UntypedStorage:
         num_bytes = os.path.getsize(entry.file)
     except OSError as error:
         raise CheckpointReadError(f"{entry.file}: {error} (tensor {name!r}). Check the path, then load again.") from error
+    return torch.UntypedStorage.from_file(entry.file, shared=False, nbytes=num_bytes)  # type: ignore[return-value]
+
+
+def _check_inside(name: str, entry: Entry, num_bytes: int) -> None:
     end = entry.offset + entry.extent_bytes
     if num_bytes < end:
         raise CorruptCheckpointError(
             f"{entry.file}: expected bytes up to {end} (tensor {name!r}), but the file ends at {num_bytes}. It was "
             "changed after its header was read: copy or download it again."
         )
-    return torch.UntypedStorage.from_file(entry.file, shared=False, nbytes=num_bytes)  # type: ignore[return-value]
 
 
 def _view(storage: torch.UntypedStorage, tensor: torch.Tensor, entry: Entry) -> torch.Tensor:
