@@ -49,7 +49,7 @@ def allocate(groups: dict[Recipe, list[torch.Tensor]]) -> None:
     for recipe, tensors in groups.items():
         storage = memory.get(recipe)
         if storage is None:
-            storage = torch.UntypedStorage(recipe.num_bytes, device=recipe.device)
+            storage = torch.UntypedStorage(recipe.num_bytes, device=recipe.device)  # type: ignore[no-untyped-call]
             refs = [Ref.to(tensor, recipe) for tensor in tensors]
             parameter.give_memory(tensors, storage)
             for tensor, ref in zip(tensors, refs, strict=True):
@@ -83,44 +83,75 @@ def uninitialized_parameters(model: torch.nn.Module) -> list[str]:
 
     Names are those of ``named_parameters()``. One comparison for each device and dtype, whatever the sizes.
     """
-    with torch._C.DisableTorchFunction(), torch.no_grad():
+    return _unwritten(model)[0]
+
+
+def _unwritten(model: torch.nn.Module) -> tuple[list[str], list[str]]:
+    """Names of parameters that nobody has written, and of those that somebody has written in part."""
+    with parameter.undisturbed():
         named = dict(model.named_parameters())
         deferred = {name for name, p in named.items() if p.is_meta and recipe_of(p) is not None}
         names = [name for name, p in named.items() if p.__dict__.get(_RECIPE) is not None and not p.is_meta]
-        empty = dict(zip(names, _intact([named[name] for name in names]), strict=True))
-    return [name for name in named if name in deferred or empty.get(name, False)]
+        intact = dict(zip(names, _intact([named[name] for name in names]), strict=True))
+    whole = [name for name in named if name in deferred or intact.get(name, 0) == 1]
+    return whole, [name for name in named if 0 < intact.get(name, 0) < 1]
 
 
 def watch(model: torch.nn.Module) -> None:
     """At first use (a forward, or saving) initialize what nobody has written by then, with one warning.
 
-    The hooks remove themselves. Loading between now and the first use is normal, and silent.
+    The hooks remove themselves. Loading between now and the first use is normal, and silent. A model in which every
+    parameter has been written for sure is left alone.
     """
-    handles: list[Any] = []
+    if not any(_is_pending(param) for param in model.parameters()):
+        return
+    forward_hooks: list[Any] = []
+    saving_hooks: dict[torch.nn.Module, Any] = {}
 
-    def check(*_: Any) -> None:
-        while handles:
-            handles.pop().remove()
+    def audit(*_: Any, saving: torch.nn.Module | None = None) -> None:
+        if not forward_hooks:
+            return
+        while forward_hooks:
+            forward_hooks.pop().remove()
+        for module, handle in saving_hooks.items():
+            # torch iterates over the hooks of the module that is being saved: one in the middle stays, and does nothing
+            if module is not saving or next(reversed(module._state_dict_pre_hooks)) == handle.id:
+                handle.remove()
         _audit(model)
 
+    def audit_before_saving(module: torch.nn.Module, *_: Any) -> None:
+        audit(saving=module)
+
     for module in model.modules():
-        handles.append(module.register_forward_pre_hook(check))
-        handles.append(module.register_state_dict_pre_hook(check))
+        forward_hooks.append(module.register_forward_pre_hook(audit))
+        saving_hooks[module] = module.register_state_dict_pre_hook(audit_before_saving)  # type: ignore[no-untyped-call]
+
+
+def _is_pending(param: torch.Tensor) -> bool:
+    with torch._C.DisableTorchFunction():
+        return param.__dict__.get(_RECIPE) is not None or (param.is_meta and recipe_of(param) is not None)
 
 
 def _audit(model: torch.nn.Module) -> None:
     from lightning_efficient_init.deferred.materialize import initialize  # noqa: PLC0415 (it stands on this module)
 
-    names = initialize(model)
+    whole, part = _unwritten(model)
+    initialize(model, whole)
     for param in model.parameters():
         forget(param)
-    if names:
-        warnings.warn(
-            f"{len(names)} parameters had not been written by a checkpoint or by you at first use, "
-            f"and were initialized as their modules do it: {_shortened(names)}",
-            UninitializedParameterWarning,
-            stacklevel=4,
+    messages = []
+    if whole:
+        messages.append(
+            f"{len(whole)} parameters had not been written by a checkpoint or by you at first use, "
+            f"and were initialized as their modules do it: {_shortened(whole)}."
         )
+    if part:
+        messages.append(
+            f"{len(part)} parameters have been written in part only, and the rest of their memory has undefined "
+            f"values: {_shortened(part)}. Write all of it, or call `initialize` on them before you write."
+        )
+    if messages:
+        warnings.warn(" ".join(messages), UninitializedParameterWarning, stacklevel=4)
 
 
 def _shortened(names: list[str], limit: int = 10) -> str:
@@ -160,10 +191,11 @@ def _batches(kinds: dict[Any, list[torch.Tensor]]) -> list[tuple[list[torch.Tens
     return batches
 
 
-def _intact(tensors: list[torch.Tensor]) -> list[bool]:
+def _intact(tensors: list[torch.Tensor]) -> list[float]:
+    """The share of each tensor's canary that is still there."""
     kinds = _by_kind(tensors)
-    intact: dict[int, bool] = {}
+    intact: dict[int, float] = {}
     for members, (probes, canary) in zip(kinds.values(), _batches(kinds), strict=True):
-        found = torch.stack(probes).eq(canary).all(dim=1).tolist()
+        found = torch.stack(probes).eq(canary).double().mean(dim=1).tolist()
         intact.update(zip(map(id, members), found, strict=True))
     return [intact[id(tensor)] for tensor in tensors]

@@ -31,6 +31,7 @@ class Binding:
     """What loading a state dict into a module comes to.
 
     Attributes:
+        module: The module.
         tensors: The model's name for a tensor to that tensor, for all that a state dict of the model holds.
         entries: Name to the entry that fills the tensor.
         values: Name to a tensor in memory that is copied into the model's.
@@ -43,6 +44,7 @@ class Binding:
         errors: What else stands in the way, as sentences.
     """
 
+    module: Module
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     entries: dict[str, Entry] = field(default_factory=dict)
     values: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -63,7 +65,7 @@ def bind(module: Module, state: Mapping[str, Any], metadata: Any = None) -> Bind
         state: Key to ``Entry``, ``LazyTensor``, tensor, or another object for extra states.
         metadata: The ``_metadata`` of the state dict: prefix to a dict with the module's version, among others.
     """
-    binding = Binding()
+    binding = Binding(module)
     used: set[str] = set()
     keys = _Sorted(state)
     versions = metadata if isinstance(metadata, Mapping) else {}
@@ -215,7 +217,9 @@ def _bind_custom(module: Module, prefix: str, state: dict[str, Any], metadata: A
     else:
         provided = own.keys() - answer.missing - answer.mismatched.keys()
         binding.loaded_by_calls += [prefix + name for name in own if name in provided]
-        binding.read_by_calls += [entry for value in state.values() if isinstance(entry := _entry_or_value(value), Entry)]
+        binding.read_by_calls += [
+            entry for value in state.values() if isinstance(entry := _entry_or_value(value), Entry)
+        ]
     binding.calls += answer.calls
     binding.missing += [prefix + name for name in answer.missing if name not in answer.mismatched]
     binding.unexpected += [prefix + name for name in answer.unexpected]

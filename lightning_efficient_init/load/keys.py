@@ -46,7 +46,7 @@ def rename_modules(metadata: Any, names: Mapping[str, str]) -> dict[str, Any] | 
     """Let what a state dict says of its modules (their versions) follow the renaming of its keys.
 
     Args:
-        metadata: Name of a module in the checkpoint to what is said of it; nothing comes of objects that are no mappings.
+        metadata: Name of a module in the checkpoint to what is said of it; what is no mapping is passed over.
         names: Checkpoint key to model key.
     """
     if not isinstance(metadata, Mapping) or not metadata:

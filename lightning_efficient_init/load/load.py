@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import TypeAlias
 
 import torch
 from torch.nn import Module, Parameter
@@ -19,12 +16,11 @@ from lightning_efficient_init.errors import CheckpointError, DeferredParameterEr
 from lightning_efficient_init.load.bind import Binding, named_state
 from lightning_efficient_init.load.keys import KeyMap
 from lightning_efficient_init.load.mapping import map_entries
+from lightning_efficient_init.load.order import last_per_memory, waves
 from lightning_efficient_init.load.pipeline import Settings, transfer
-from lightning_efficient_init.load.plan import LoadPlan, plan_load, unwrap
+from lightning_efficient_init.load.plan import LoadPlan, plan_load
 from lightning_efficient_init.load.report import LoadReport, Meter
-from lightning_efficient_init.sinks import PLAIN_TYPES, PlainSink, Segment, Sink
-
-Pair: TypeAlias = tuple[str, torch.Tensor, Entry]
+from lightning_efficient_init.sinks import PlainSink, Segment, Sink
 
 
 def load_checkpoint(
@@ -81,11 +77,10 @@ def load_checkpoint(
         plan = plan_load(
             model, path, strict=strict, key_map=key_map, ignore_mismatched=ignore_mismatched, weights_only=weights_only
         )
-        return run_plan(model, plan, settings, progress=progress, mmap=mmap, started=started)
+        return run_plan(plan, settings, progress=progress, mmap=mmap, started=started)
 
 
 def run_plan(
-    model: Module,
     plan: LoadPlan,
     settings: Settings,
     *,
@@ -95,9 +90,10 @@ def run_plan(
 ) -> LoadReport:
     """Carry out a plan; see ``load_checkpoint``."""
     started = time.perf_counter() if started is None else started
-    model = unwrap(model)
+    model = plan.binding.module
     devices = {tensor.device for tensor in plan.binding.tensors.values()}
-    with Meter(plan.num_bytes, devices, progress) as meter:
+    num_bytes = plan.num_bytes
+    with Meter(num_bytes, devices, progress) as meter:
         loaded = _write(model, plan.binding, settings, meter, mmap=mmap)
         initialized = _initialize_rest(model, plan.binding)
         _forget(model, plan.binding.tensors, plan.binding.loaded_by_calls)
@@ -107,7 +103,7 @@ def run_plan(
         missing=plan.missing,
         unexpected=plan.unexpected,
         mismatched=tuple(plan.mismatched),
-        num_bytes=plan.num_bytes,
+        num_bytes=num_bytes,
         elapsed_s=time.perf_counter() - started,
         peak_host_bytes=meter.memory.host_bytes,
         peak_device_bytes=meter.memory.device_bytes,
@@ -118,12 +114,12 @@ def _write(model: Module, binding: Binding, settings: Settings, meter: Meter, *,
     """Give every bound tensor its value, and return their names."""
     names = [*binding.entries, *binding.values, *binding.loaded_by_calls]
     tensors = _with_memory(model, binding, names)
-    sources = _last_per_memory(tensors, binding)
+    sources = last_per_memory(tensors, binding)
     pairs = [(name, tensors[name], source) for name, source in sources.items() if isinstance(source, Entry)]
     if mmap:
         map_entries(pairs)
     else:
-        for wave in _waves(pairs):
+        for wave in waves(pairs):
             stream([(PlainSink(name, tensor), entry) for name, tensor, entry in wave], settings, meter)
     _note_writes([tensor for _, tensor, _ in pairs])
     with torch.inference_mode():  # which may write to inference tensors as well as to others
@@ -142,14 +138,12 @@ def _write(model: Module, binding: Binding, settings: Settings, meter: Meter, *,
 
 def _note_writes(tensors: Sequence[torch.Tensor]) -> None:
     """Count a write, as ``copy_`` does, so that a backward pass that needs the old values says so."""
-    for tensor in tensors:
-        if not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
+    torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 
 def _with_memory(model: Module, binding: Binding, names: Sequence[str]) -> Mapping[str, torch.Tensor]:
     """The tensors to write, after deferred ones among them got memory."""
-    deferred = [name for name in names if binding.tensors[name].is_meta]
+    deferred = [name for name in names if _is_meta(binding.tensors[name])]
     if not deferred:
         return binding.tensors
     if bare := [name for name in deferred if not has_recipe(binding.tensors[name])]:
@@ -159,9 +153,15 @@ def _with_memory(model: Module, binding: Binding, names: Sequence[str]) -> Mappi
             "model.to_empty(device=...) first."
         )
     allocate(model, names=[name for name in deferred if isinstance(binding.tensors[name], Parameter)])
-    if any(binding.tensors[name].is_meta for name in deferred):
+    if any(_is_meta(binding.tensors[name]) for name in deferred):
         allocate(model)  # buffers that are views of parameters get their memory from those
     return {**binding.tensors, **named_state(model)}
+
+
+def _is_meta(tensor: torch.Tensor) -> bool:
+    """The truth, also while construction is recorded and deferred tensors answer for the device they will be on."""
+    with torch._C.DisableTorchFunction():
+        return tensor.is_meta
 
 
 def _forget(model: Module, tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> None:
@@ -169,50 +169,6 @@ def _forget(model: Module, tensors: Mapping[str, torch.Tensor], names: Sequence[
     written = [name for name in names if isinstance(tensors[name], Parameter) and has_recipe(tensors[name])]
     if written:
         forget(model, written)
-
-
-def _last_per_memory(tensors: Mapping[str, torch.Tensor], binding: Binding) -> dict[str, Entry | torch.Tensor]:
-    """One source for each tensor; of several for tied names the last one counts, as in ``load_state_dict``."""
-    sources: dict[str, Entry | torch.Tensor] = {**binding.entries, **binding.values}
-    last = {_memory_key(tensors[name]): name for name in binding.tensors if name in sources}
-    return {name: sources[name] for name in last.values()}
-
-
-def _memory_key(tensor: torch.Tensor) -> object:
-    """Equal for tensors that are the same elements of the same memory."""
-    if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided or tensor.is_meta:
-        return id(tensor)
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
-
-
-def _waves(pairs: Sequence[Pair]) -> Iterator[Sequence[Pair]]:
-    """All tensors at once; but what writes to memory of another one comes after it, as in ``load_state_dict``."""
-    by_storage: dict[int, list[Pair]] = defaultdict(list)
-    for pair in pairs:
-        if type(pair[1]) in PLAIN_TYPES and pair[1].layout is torch.strided:
-            by_storage[pair[1].untyped_storage()._cdata].append(pair)
-    late = [pair for group in by_storage.values() if _overlap([tensor for _, tensor, _ in group]) for pair in group[1:]]
-    late_names = {name for name, _, _ in late}
-    yield [pair for pair in pairs if pair[0] not in late_names]
-    for pair in late:
-        yield [pair]
-
-
-def _overlap(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether any two tensors on one storage, taken from their first to their last element, have bytes in common."""
-    if len(tensors) < 2:
-        return False
-    spans = sorted((start, start + _span(tensor)) for tensor in tensors if (start := _start(tensor)) is not None)
-    return any(end > start for (_, end), (start, _) in itertools.pairwise(spans))
-
-
-def _start(tensor: torch.Tensor) -> int | None:
-    return tensor.storage_offset() * tensor.itemsize if tensor.numel() else None
-
-
-def _span(tensor: torch.Tensor) -> int:
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.itemsize
 
 
 def stream(pairs: Sequence[tuple[Sink, Entry]], settings: Settings, meter: Meter) -> None:
@@ -235,9 +191,7 @@ def _tick(meter: Meter, done_before: int, done: int) -> None:
     meter.tick(done_before + done)
 
 
-def _batches(
-    pairs: Sequence[tuple[Sink, Entry]], max_scratch: int
-) -> Iterator[tuple[list[tuple[Sink, Entry]], bool]]:
+def _batches(pairs: Sequence[tuple[Sink, Entry]], max_scratch: int) -> Iterator[tuple[list[tuple[Sink, Entry]], bool]]:
     """All that needs no scratch first (True), then as many of the others at a time as fit, at least one (False)."""
     needs = [sink.scratch_bytes(entry) for sink, entry in pairs]
     yield [pair for pair, need in zip(pairs, needs, strict=True) if not need], True

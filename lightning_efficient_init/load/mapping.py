@@ -73,7 +73,9 @@ def _map_file(name: str, entry: Entry) -> torch.UntypedStorage:
     try:
         num_bytes = os.path.getsize(entry.file)
     except OSError as error:
-        raise CheckpointReadError(f"{entry.file}: {error} (tensor {name!r}). Check the path, then load again.") from error
+        raise CheckpointReadError(
+            f"{entry.file}: {error} (tensor {name!r}). Check the path, then load again."
+        ) from error
     return torch.UntypedStorage.from_file(entry.file, shared=False, nbytes=num_bytes)  # type: ignore[return-value]
 
 

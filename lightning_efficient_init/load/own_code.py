@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.nn import Module, Parameter
 from torch.nn.modules.module import _IncompatibleKeys
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -288,7 +288,9 @@ def _read_attributes(module: Module) -> None:
 def _tensors(module: Module) -> Iterator[torch.Tensor]:
     for attributes in _attributes(module):
         for value in attributes.values():
-            yield from (item for item in (value if isinstance(value, list) else [value]) if isinstance(item, torch.Tensor))
+            yield from (
+                item for item in (value if isinstance(value, list) else [value]) if isinstance(item, torch.Tensor)
+            )
 
 
 def _real(device: torch.device | None, lazy: LazyTensor, _: object) -> torch.Tensor:

@@ -51,12 +51,12 @@ class PlainSink:
             self._shape, self._stride = entry.shape, entry.stride
         return (Segment(entry.file, entry.offset, entry.dtype, dest, self.name),)
 
-    @torch.inference_mode()
     def finish(self) -> None:
         """Copies from the scratch, if there was any, and lets it go."""
         if self._scratch is not None:
-            value = self._scratch.as_strided(self._shape, self._stride)
-            self.tensor.copy_(value.view_as(self.tensor))
+            with torch.inference_mode():  # which may write to inference tensors as well as to others
+                value = self._scratch.as_strided(self._shape, self._stride)
+                self.tensor.copy_(value.view_as(self.tensor))
             self._scratch = None
 
     def _is_direct(self, entry: Entry) -> bool:

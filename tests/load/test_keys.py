@@ -21,7 +21,9 @@ def save(tmp_path, make_net, renamed):
     return save
 
 
-@pytest.mark.parametrize("prefix", ["model.", "module.", "_orig_mod.", "module._orig_mod.", "a.b.c.", "_forward_module."])
+@pytest.mark.parametrize(
+    "prefix", ["model.", "module.", "_orig_mod.", "module._orig_mod.", "a.b.c.", "_forward_module."]
+)
 def test_a_prefix_in_the_file_is_taken_off(prefix, save, make_net, bits):
     model = make_net(2)
     load_checkpoint(model, save(lambda key: prefix + key))
@@ -138,7 +140,9 @@ def test_versions_of_modules_follow_the_renaming_of_their_keys():
 def test_a_batch_norm_without_its_counter_is_an_error_under_a_prefix_too(save, make_net):
     path = save(lambda key: f"model.{key}", drop=["layers.1.num_batches_tracked"])
     state = torch.load(path)
-    state._metadata = {f"model.{key}" if key else "model": value for key, value in make_net().state_dict()._metadata.items()}
+    state._metadata = {
+        f"model.{key}" if key else "model": value for key, value in make_net().state_dict()._metadata.items()
+    }
     torch.save(state, path)
     with pytest.raises(StateDictMismatchError) as caught:
         load_checkpoint(make_net(), path)

@@ -70,8 +70,8 @@ def test_tensors_that_overlap_in_the_file_get_memory_of_their_own(tmp_path, para
     model = params(**{name: torch.zeros_like(t) for name, t in state.items()})
     load_checkpoint(model, tmp_path / "w.pt", mmap=True)
     for name in state:
-        for other in state:
-            assert torch.equal(getattr(model, other), state[other] if other >= name else torch.full_like(state[other], -1))
+        for other, value in state.items():
+            assert torch.equal(getattr(model, other), value if other >= name else torch.full_like(value, -1))
         getattr(model, name).fill_(-1)
 
 
@@ -81,7 +81,11 @@ def test_what_cannot_be_mapped_is_refused_with_each_reason_and_nothing_changes(t
     before = bits(model)
     with pytest.raises(CheckpointError, match="2 of 3 tensors") as caught:
         load_checkpoint(model, tmp_path / "w.pt", mmap=True)
-    for words in ("cast: the model has torch.float16, the checkpoint torch.float32", "strided: its elements", "mmap=False"):
+    for words in (
+        "cast: the model has torch.float16, the checkpoint torch.float32",
+        "strided: its elements",
+        "mmap=False",
+    ):
         assert words in str(caught.value)
     assert bits(model) == before
 

@@ -114,7 +114,10 @@ CASES = {
     "renames": (Renaming, {"old": torch.rand(4, 3)}),
     "forgives": (Forgiving, {"weight": torch.rand(4, 3)}),
     "forgives nothing": (Forgiving, {"weight": torch.rand(4, 3), "extra": torch.rand(2)}),
-    "batch norm": (lambda: nn.BatchNorm1d(3), {k: torch.rand(3) for k in ("weight", "bias", "running_mean", "running_var")}),
+    "batch norm": (
+        lambda: nn.BatchNorm1d(3),
+        {k: torch.rand(3) for k in ("weight", "bias", "running_mean", "running_var")},
+    ),
     "attention": (lambda: nn.MultiheadAttention(4, 2), nn.MultiheadAttention(4, 2).state_dict()),
     "weight norm": (
         lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)),
@@ -146,7 +149,9 @@ def visible(module):
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("prefix", ["", "0."])
 @pytest.mark.parametrize("case", CASES)
-def test_a_module_with_loading_code_comes_out_as_load_state_dict_leaves_it(case, prefix, context, device, tmp_path, bits):
+def test_a_module_with_loading_code_comes_out_as_load_state_dict_leaves_it(
+    case, prefix, context, device, tmp_path, bits
+):
     build, state = CASES[case]
     wrap = (lambda module: nn.Sequential(module, nn.Linear(2, 2))) if prefix else (lambda module: module)
     expected = wrap(build())

@@ -18,7 +18,7 @@ def trained():
 
 
 def test_an_optimizers_state_is_restored_exactly(device, tmp_path, bits):
-    model, optimizer = trained()
+    _, optimizer = trained()
     torch.save({"optimizer": optimizer.state_dict(), "n": 3}, tmp_path / "c.pt")
     tree = read_tree(index_tree(tmp_path / "c.pt").tree, device, Settings(host_buffer_bytes=64 << 10))
     assert tree["n"] == 3

@@ -1,5 +1,6 @@
 """Which bytes are read, how often, and in how many reads."""
 
+import itertools
 import subprocess
 import sys
 import textwrap
@@ -50,7 +51,7 @@ def test_reads_cover_every_segment_once_and_do_not_overlap(segments, max_read_by
             assert start == position
             position = end
         assert position == segment.num_bytes
-    for one, other in zip(reads, reads[1:], strict=False):
+    for one, other in itertools.pairwise(reads):
         assert (one.file, one.offset + one.num_bytes) <= (other.file, other.offset) or one.file < other.file
 
 
@@ -97,7 +98,9 @@ def test_small_buffers_and_any_number_of_threads_give_the_same_values(
     state = {f"p{i}": torch.randn(numel) for i, numel in enumerate([1, 300_000, 7, 0, 70_001, 4096, 100_000])}
     state["transposed"] = torch.randn(300, 200).t()
     torch.save(state, tmp_path / "w.pt")
-    model = nn.ParameterDict({k: nn.Parameter(torch.empty(t.shape, dtype=dtype, device=device)) for k, t in state.items()})
+    model = nn.ParameterDict(
+        {k: nn.Parameter(torch.empty(t.shape, dtype=dtype, device=device)) for k, t in state.items()}
+    )
     before = bytes_read()
     report = load_checkpoint(model, tmp_path / "w.pt", host_buffer_bytes=host_buffer_bytes, num_threads=num_threads)
     assert bytes_read() - before <= 1.05 * report.num_bytes + 100_000
@@ -131,7 +134,7 @@ BIG = """
 
     path = sys.argv[1]
     def build():
-        return nn.Sequential(*[nn.Linear(4096, 4096, bias=False) for _ in range(10)])  # 671 MB; 2.0 GB with Adam's state
+        return nn.Sequential(*[nn.Linear(4096, 4096, bias=False) for _ in range(10)])  # 671 MB; with Adam's state 2 GB
 
     if sys.argv[2] == "write":
         with torch.device("cpu"):

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_efficient_init import LoadPlan, deferred_init, is_deferred, load_checkpoint, plan_load, uninitialized_parameters
+from lightning_efficient_init import (
+    LoadPlan,
+    deferred_init,
+    is_deferred,
+    load_checkpoint,
+    plan_load,
+    uninitialized_parameters,
+)
 from lightning_efficient_init.deferred import empty_init
 from lightning_efficient_init.errors import CheckpointError, DeferredParameterError, StateDictMismatchError
 
@@ -30,7 +37,15 @@ def test_one_error_names_all_that_is_missing_unexpected_and_mismatched_and_nothi
     assert error.unexpected == ("extra.one", "extra")
     assert error.mismatched == {"scalar": ((), (2,)), "layers.0.weight": ((24, 16), (24, 17))}
     assert error.written == ()
-    for words in [*error.missing, *error.unexpected, *error.mismatched, "[24, 16]", "[24, 17]", str(misfit), "strict=False"]:
+    for words in [
+        *error.missing,
+        *error.unexpected,
+        *error.mismatched,
+        "[24, 16]",
+        "[24, 17]",
+        str(misfit),
+        "strict=False",
+    ]:
         assert words in str(error)
     assert isinstance(error, CheckpointError)
     assert isinstance(error, RuntimeError)

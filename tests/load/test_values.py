@@ -123,7 +123,9 @@ def targets(name, value):
 
 
 CASES = [
-    pytest.param(value, make, id=f"{name} into {kind}") for name, value in ODD.items() for kind, make in targets(name, value)
+    pytest.param(value, make, id=f"{name} into {kind}")
+    for name, value in ODD.items()
+    for kind, make in targets(name, value)
 ]
 
 
@@ -235,7 +237,9 @@ def test_memory_that_two_parameters_share_is_written_in_the_order_of_the_state_d
 def test_parameters_whose_memory_lies_in_one_buffer_are_loaded(tmp_path, bits):
     memory = torch.zeros(1000)
     state = {f"p{i}": torch.randn(10, 10) for i in range(10)}
-    model = nn.ParameterDict({name: nn.Parameter(part.view(10, 10)) for name, part in zip(state, memory.split(100), strict=True)})
+    model = nn.ParameterDict(
+        {name: nn.Parameter(part.view(10, 10)) for name, part in zip(state, memory.split(100), strict=True)}
+    )
     torch.save(state, tmp_path / "w.pt")
     load_checkpoint(model, tmp_path / "w.pt")
     assert bits(model) == bits(state)

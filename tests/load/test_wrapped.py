@@ -62,7 +62,9 @@ def test_a_checkpoint_of_a_wrapped_model_loads_into_wrapped_and_plain_ones(wrap,
 
 def test_a_part_of_a_model_can_be_loaded_from_its_part_of_a_checkpoint(path, make_net, bits):
     net = make_net(2)
-    load_checkpoint(net.layers, path, key_map=lambda key: key.removeprefix("layers.") if key.startswith("layers.") else None)
+    load_checkpoint(
+        net.layers, path, key_map=lambda key: key.removeprefix("layers.") if key.startswith("layers.") else None
+    )
     assert bits(net.layers) == bits(make_net(1).layers)
     assert bits(net.embed) == bits(make_net(2).embed)
 
