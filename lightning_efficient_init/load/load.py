@@ -13,6 +13,7 @@ from torch.nn import Module, Parameter
 from lightning_efficient_init.checkpoint import Entry
 from lightning_efficient_init.deferred import allocate, eager, forget, has_recipe, initialize
 from lightning_efficient_init.errors import CheckpointError, DeferredParameterError, shorten
+from lightning_efficient_init.garbage import collections_paused
 from lightning_efficient_init.load.bind import Binding, named_state
 from lightning_efficient_init.load.keys import KeyMap
 from lightning_efficient_init.load.mapping import map_entries
@@ -119,8 +120,9 @@ def _write(model: Module, binding: Binding, settings: Settings, meter: Meter, *,
     if mmap:
         map_entries(pairs)
     else:
-        for wave in waves(pairs):
-            stream([(PlainSink(name, tensor), entry) for name, tensor, entry in wave], settings, meter)
+        with collections_paused():
+            for wave in waves(pairs):
+                stream([(PlainSink(name, tensor), entry) for name, tensor, entry in wave], settings, meter)
     _note_writes([tensor for _, tensor, _ in pairs])
     with torch.inference_mode():  # which may write to inference tensors as well as to others
         for name, value in sources.items():
