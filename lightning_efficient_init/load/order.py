@@ -62,4 +62,5 @@ def _overlap(tensors: Sequence[torch.Tensor]) -> bool:
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
     """Where its bytes start in the storage, and where they end."""
     last = sum((int(size) - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.storage_offset() * tensor.itemsize, (tensor.storage_offset() + last + 1) * tensor.itemsize
+    start = int(tensor.storage_offset())
+    return start * tensor.itemsize, (start + last + 1) * tensor.itemsize

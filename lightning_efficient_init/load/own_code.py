@@ -166,7 +166,7 @@ class _Notes(TorchFunctionMode):
     """
 
     def __init__(self, own: dict[str, torch.Tensor], offered: list[torch.Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.copies: dict[str, Any] = {}
         self.is_plain = True
         self.is_materialized = False
