@@ -12,11 +12,12 @@ from lightning_efficient_init.deferred.materialize import (
     is_deferred,
     materialize,
 )
-from lightning_efficient_init.deferred.record import deferred_init, eager, empty_init
+from lightning_efficient_init.deferred.record import aside, deferred_init, eager, empty_init
 
 __all__ = [
     "UninitializedParameterWarning",
     "allocate",
+    "aside",
     "deferred_init",
     "eager",
     "empty_init",

@@ -27,7 +27,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -141,6 +141,16 @@ def eager() -> Iterator[None]:
         yield
         return
     with recorder.pause():
+        yield
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Work on tensors as they are, in the midst of `deferred_init`: deferred ones are meta, and nothing is recorded.
+
+    For code that gives them memory itself. Without a recording this does nothing.
+    """
+    with nullcontext() if current() is None else _undisturbed():
         yield
 
 

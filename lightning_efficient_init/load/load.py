@@ -11,7 +11,7 @@ import torch
 from torch.nn import Module
 
 from lightning_efficient_init.checkpoint import Entry
-from lightning_efficient_init.deferred import allocate, eager, forget, has_recipe, initialize
+from lightning_efficient_init.deferred import allocate, aside, eager, forget, has_recipe, initialize
 from lightning_efficient_init.errors import DeferredParameterError, shorten
 from lightning_efficient_init.load.bind import Binding, named_state
 from lightning_efficient_init.load.keys import KeyMap
@@ -92,7 +92,7 @@ def run_plan(
     started = time.perf_counter() if started is None else started
     model = unwrap(model)
     devices = {tensor.device for tensor in plan.binding.tensors.values()}
-    with Meter(plan.num_bytes, devices, progress) as meter:
+    with aside(), Meter(plan.num_bytes, devices, progress) as meter:
         loaded = _write(model, plan.binding, settings, meter, mmap=mmap)
         initialized = _initialize_rest(model, plan)
     return LoadReport(
