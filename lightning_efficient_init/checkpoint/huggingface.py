@@ -108,7 +108,7 @@ def _candidates(folder: str) -> list[str]:
     names = set(os.listdir(folder))
     known: list[str] = [name for name in _KNOWN if name in names]
     return known or sorted(
-        (name for name in names if name.endswith(_INDEX)), key=lambda name: "safetensors" not in name
+        (name for name in names if name.endswith(_INDEX)), key=lambda name: ("safetensors" not in name, name)
     )
 
 

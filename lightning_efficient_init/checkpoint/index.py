@@ -80,20 +80,25 @@ def index_checkpoint(
 
 def index_tree(path: str | os.PathLike[str], *, weights_only: bool = True) -> CheckpointTree:
     """Indexes a checkpoint without choosing what its weights are (see `weights_of`); raises as `index_checkpoint`."""
-    asked = os.fspath(path)
-    absolute = os.path.abspath(asked)
-    head = _read_head(absolute)
+    asked = os.fsdecode(path)
+    with _reported(asked), _collections_paused():
+        found = _read(os.path.abspath(asked), weights_only=weights_only)
+    return CheckpointTree(asked, found.format, found.files, found.tree)
+
+
+def _read(path: str, *, weights_only: bool) -> CheckpointTree:
+    head = _read_head(path)
     for kind in FORMATS:
-        if kind.recognize(absolute, head):
-            found = _read(kind, absolute, weights_only=weights_only)
-            return CheckpointTree(asked, found.format, found.files, found.tree)
-    raise refuse(absolute, head, [kind.name for kind in FORMATS])
-
-
-def _read(kind: CheckpointFormat, path: str, *, weights_only: bool) -> CheckpointTree:
-    try:
-        with _collections_paused():
+        if kind.recognize(path, head):
             return kind.read(path, weights_only=weights_only)
+    raise refuse(path, head, [kind.name for kind in FORMATS])
+
+
+@contextlib.contextmanager
+def _reported(path: str) -> Iterator[None]:
+    """Makes checkpoint errors of what can go wrong at any place."""
+    try:
+        yield
     except CheckpointError:
         raise
     except RecursionError as error:

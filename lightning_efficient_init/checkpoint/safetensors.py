@@ -20,7 +20,7 @@ import torch
 from lightning_efficient_init.checkpoint.entry import Entry
 from lightning_efficient_init.checkpoint.file import CheckpointFile
 from lightning_efficient_init.checkpoint.format import CheckpointTree
-from lightning_efficient_init.checkpoint.wording import DOWNLOAD_AGAIN, SAVE_AGAIN, explain, shorten
+from lightning_efficient_init.checkpoint.wording import DOWNLOAD_AGAIN, SAVE_AGAIN, explain, shorten, show
 from lightning_efficient_init.errors import CorruptCheckpointError, UnsupportedCheckpointError
 
 MAX_HEADER_BYTES: Final = 100_000_000  # as in the reference reader
@@ -104,11 +104,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(file: CheckpointFile, name: str, info: Any, data_offset: int) -> Entry:
     if not isinstance(info, dict) or not {"dtype", "shape", "data_offsets"} <= info.keys():
-        raise _corrupt(file, "dtype, shape and data_offsets", shorten(repr(info)), name)
+        raise _corrupt(file, "dtype, shape and data_offsets", show(info), name)
     shape, span = info["shape"], info["data_offsets"]
     if not _are_sizes(shape) or not _are_sizes(span) or len(span) != 2:
         raise _corrupt(
-            file, "a shape and two offsets that are not negative", shorten(f"shape {shape!r}, offsets {span!r}"), name
+            file, "a shape and two offsets that are not negative", f"shape {show(shape)}, offsets {show(span)}", name
         )
     dtype = _dtype(file, name, info["dtype"])
     if info["dtype"] == "F4":
@@ -130,7 +130,7 @@ def _dtype(file: CheckpointFile, name: str, dtype: Any) -> torch.dtype:
                 file.path,
                 tensor=name,
                 expected=f"one of the dtypes {', '.join(_DTYPES)}",
-                found=f"dtype {shorten(repr(dtype))}, which torch {torch.__version__} does not have",
+                found=f"dtype {show(dtype)}, which torch {torch.__version__} does not have",
                 todo="Save it in another dtype, or use a newer torch.",
             )
         )

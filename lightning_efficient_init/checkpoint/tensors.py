@@ -11,7 +11,7 @@ import torch
 
 from lightning_efficient_init.checkpoint.entry import Entry
 from lightning_efficient_init.checkpoint.tree import Path, map_leaves
-from lightning_efficient_init.checkpoint.wording import SAVE_AGAIN, explain, name_of, shorten
+from lightning_efficient_init.checkpoint.wording import SAVE_AGAIN, explain, name_of, shorten, show
 from lightning_efficient_init.errors import CorruptCheckpointError, UnsupportedCheckpointError
 
 _MAX_SIZE: Final = (1 << 63) - 1
@@ -93,18 +93,18 @@ def _entry(tensor: StoredTensor, path: Path, file: str, locate: Callable[[Stored
         raise _corrupt(file, path, "a tensor with a storage", shorten(type(storage).__name__))
     dtype = storage.dtype if tensor.dtype is None else tensor.dtype
     if not isinstance(dtype, torch.dtype):
-        raise _corrupt(file, path, "an element type", shorten(repr(dtype)))
+        raise _corrupt(file, path, "an element type", show(dtype))
     reach = _reach(shape, stride, offset)
     if reach is None:
-        found = shorten(f"shape {shape!r}, stride {stride!r}, offset {offset!r}")
+        found = f"shape {show(shape)}, stride {show(stride)}, offset {show(offset)}"
         raise _corrupt(file, path, "sizes, strides and an offset that are not negative", found)
     end_bytes = reach * dtype.itemsize
     if end_bytes > storage.num_bytes or math.prod(shape) * dtype.itemsize > _MAX_SIZE:
         raise _corrupt(
             file,
             path,
-            f"elements inside the storage {shorten(repr(storage.key))} of {storage.num_bytes} bytes",
-            shorten(f"shape {tuple(shape)}, stride {tuple(stride)}, offset {offset} of {dtype}"),
+            f"elements inside the storage {show(storage.key)} of {storage.num_bytes} bytes",
+            f"shape {show(shape)}, stride {show(stride)}, offset {offset} of {dtype}",
         )
     start = _locate(storage, path, file, locate)
     return Entry(file, start + offset * dtype.itemsize, dtype, tuple(shape), tuple(stride))

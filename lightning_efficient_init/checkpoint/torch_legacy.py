@@ -20,7 +20,7 @@ from lightning_efficient_init.checkpoint.unpickle import (
     TruncatedPickleError,
     stored_storage,
 )
-from lightning_efficient_init.checkpoint.wording import DOWNLOAD_AGAIN, explain, shorten
+from lightning_efficient_init.checkpoint.wording import DOWNLOAD_AGAIN, explain, show
 from lightning_efficient_init.errors import CorruptCheckpointError, UnsupportedCheckpointError
 
 MAGIC: Final = 0x1950A86A20F9469CFC6C
@@ -94,7 +94,7 @@ class _Reader:
     def _check_preamble(self, preamble: list[Any]) -> None:
         magic, version, machine = preamble
         if magic != MAGIC or version != _VERSION or not isinstance(machine, dict):
-            raise self._corrupt(f"torch's magic number and version {_VERSION}", shorten(repr((magic, version))))
+            raise self._corrupt(f"torch's magic number and version {_VERSION}", show((magic, version)))
         if machine.get("little_endian", machine.get(b"little_endian")) is False:
             raise UnsupportedCheckpointError(
                 explain(
@@ -115,7 +115,7 @@ class _Reader:
             return root
         _, offset, numel = data[5]
         if type(offset) is not int or type(numel) is not int or min(offset, numel) < 0:
-            raise ValueError(f"a part of a storage at {shorten(repr(offset))} of {shorten(repr(numel))} elements")
+            raise ValueError(f"a part of a storage at {show(offset)} of {show(numel)} elements")
         size = root.dtype.itemsize
         if (offset + numel) * size > root.num_bytes:
             raise ValueError(f"a part of a storage up to {offset + numel} of {root.num_bytes // size} elements")
@@ -124,22 +124,22 @@ class _Reader:
     def _place_storages(self, keys: Any, offset: int) -> None:
         """Finds each storage's position by stepping over those before it."""
         if type(keys) is not list or any(type(key) not in (str, int, bytes) for key in keys):
-            raise self._corrupt("a list of storage keys", shorten(repr(keys)))
+            raise self._corrupt("a list of storage keys", show(keys))
         for key in keys:
             storage = self._storages.get(key)
             if storage is None or key in self._offsets:
-                raise self._corrupt("each storage once", f"{shorten(repr(key))} again, or one that no tensor uses")
-            (numel,) = struct.unpack("<q", self._file.read(offset, 8, f"the size of storage {shorten(repr(key))}"))
+                raise self._corrupt("each storage once", f"{show(key)} again, or one that no tensor uses")
+            (numel,) = struct.unpack("<q", self._file.read(offset, 8, f"the size of storage {show(key)}"))
             num_bytes = numel * storage.dtype.itemsize
             self._offsets[key] = offset + 8, num_bytes
             if numel < 0:
-                raise self._corrupt(f"a size of storage {shorten(repr(key))}", numel)
+                raise self._corrupt(f"a size of storage {show(key)}", numel)
             offset += 8 + num_bytes
 
     def _locate(self, storage: StoredStorage) -> int:
         """Gives the position of a storage in the file, once its size has been compared with the pickle's."""
         offset, num_bytes = self._offsets.get(storage.key, (0, -1))
-        shown = shorten(repr(storage.key))
+        shown = show(storage.key)
         stated = self._storages[storage.key].num_bytes
         if num_bytes != stated:
             found = "no such storage" if num_bytes < 0 else f"{num_bytes} bytes of it"

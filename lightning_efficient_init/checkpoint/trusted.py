@@ -17,7 +17,7 @@ import torch
 
 from lightning_efficient_init.checkpoint.tensors import StoredStorage, StoredTensor
 from lightning_efficient_init.checkpoint.tree import Path, map_leaves
-from lightning_efficient_init.checkpoint.unpickle import STORAGE_TYPES, stored_storage
+from lightning_efficient_init.checkpoint.unpickle import REFUSED, STORAGE_TYPES, stored_storage
 from lightning_efficient_init.checkpoint.wording import explain, shorten
 from lightning_efficient_init.errors import UnsupportedCheckpointError
 
@@ -60,6 +60,8 @@ class _TrustingUnpickler(pickle.Unpickler):
         self._stored: dict[int, StoredStorage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
+        if module == "torch._utils" and name in REFUSED:
+            return REFUSED[name]  # these fail on the meta device, without saying which tensor it was
         return STORAGE_TYPES.get(f"{module}.{name}") or super().find_class(module, name)
 
     def persistent_load(self, data: Any) -> Any:

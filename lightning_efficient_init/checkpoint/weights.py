@@ -38,7 +38,7 @@ def weights_of(tree: Any, key: str | None = None, *, path: str) -> Weights:
     Args:
         tree: The tree, as `index_tree` gives it.
         key: The key to look under, as in ``fabric.load(path, {"net": model})``. None finds the only choice:
-            "state_dict", where Lightning puts it, the tree itself, "model", or the one other key with a dict of tensors.
+            "state_dict" (Lightning), the tree itself, "model" (Fabric), or the one other key with a dict of tensors.
         path: Path of the checkpoint, for errors.
 
     Raises:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
 from typing import Any
 
 DOWNLOAD_AGAIN = "Copy or download the file again, or write it again from the model."
 SAVE_AGAIN = "Write the checkpoint again with torch.save or safetensors."
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 3, 200, 200, 100
+_REPR.maxtuple = _REPR.maxlist = _REPR.maxdict = 8
 
 
 def explain(file: str, *, expected: object, found: object, todo: str, tensor: str | None = None) -> str:
@@ -23,9 +28,14 @@ def explain(file: str, *, expected: object, found: object, todo: str, tensor: st
     return f"{subject}: expected {expected}, found {found}. {todo}"
 
 
+def show(value: object) -> str:
+    """Writes a value from a file for an error message: short, and in no time even where its repr would never end."""
+    return shorten(_REPR.repr(value))
+
+
 def shorten(text: object, limit: int = 200) -> str:
     """Cuts what a file says to a length fit for an error message."""
-    line = str(text)
+    line = text if isinstance(text, str) else str(text) if isinstance(text, BaseException) else _REPR.repr(text)
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
 
@@ -36,6 +46,6 @@ def name_of(path: Iterable[Any]) -> str:
 
 def listing(names: Iterable[Any], limit: int = 20) -> str:
     """Lists names for an error message, and says how many were left out."""
-    items = [repr(shorten(name)) for name in names]
+    items = list(names)
     rest = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + rest if items else "nothing"
+    return ", ".join(map(show, items[:limit])) + rest if items else "nothing"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from lightning_efficient_init.deferred.audit import UninitializedParameterWarning, uninitialized_parameters, watch
 from lightning_efficient_init.deferred.materialize import (
     allocate,
@@ -12,12 +11,11 @@ from lightning_efficient_init.deferred.materialize import (
     is_deferred,
     materialize,
 )
-from lightning_efficient_init.deferred.record import aside, deferred_init, eager, empty_init
+from lightning_efficient_init.deferred.record import deferred_init, eager, empty_init
 
 __all__ = [
     "UninitializedParameterWarning",
     "allocate",
-    "aside",
     "deferred_init",
     "eager",
     "empty_init",

@@ -29,6 +29,18 @@ class UninitializedParameterWarning(UserWarning):
     """Parameters that nothing had written were initialized by their recipes at first use."""
 
 
+class _Kept:
+    """The recipe of an allocated parameter. A pickle of the parameter has None in its place."""
+
+    __slots__ = ("ref",)
+
+    def __init__(self, ref: Ref) -> None:
+        self.ref = ref
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
 def allocate(groups: dict[Recipe, list[torch.Tensor]]) -> None:
     """Give deferred tensors, by recipe, memory with a canary; what cannot hold a canary gets its values."""
     valued = [recipe for recipe, tensors in groups.items() if not all(_can_be_empty(t) for t in tensors)]
@@ -41,7 +53,7 @@ def allocate(groups: dict[Recipe, list[torch.Tensor]]) -> None:
             refs = [Ref.to(tensor, recipe) for tensor in tensors]
             parameter.give_memory(tensors, storage)
             for tensor, ref in zip(tensors, refs, strict=True):
-                tensor.__dict__[_RECIPE] = ref
+                tensor.__dict__[_RECIPE] = _Kept(ref)
             empty += tensors[:1]
         else:
             parameter.give_memory(tensors, storage)
@@ -51,8 +63,8 @@ def allocate(groups: dict[Recipe, list[torch.Tensor]]) -> None:
 
 def recipe_of_empty(tensor: torch.Tensor) -> Recipe | None:
     """The recipe of a tensor that `allocate` gave memory."""
-    ref = tensor.__dict__.get(_RECIPE)
-    return ref.recipe if ref is not None else None
+    kept = tensor.__dict__.get(_RECIPE)
+    return kept.ref.recipe if kept is not None else None
 
 
 def forget(tensor: torch.Tensor) -> None:
@@ -62,8 +74,8 @@ def forget(tensor: torch.Tensor) -> None:
 
 def fill(tensor: torch.Tensor, recipe: Recipe, storage: torch.UntypedStorage) -> None:
     """Write the values that ``storage``, the memory of ``recipe``, has for ``tensor``."""
-    ref: Ref = tensor.__dict__.pop(_RECIPE)
-    tensor.detach().copy_(ref.on(storage))
+    kept: _Kept = tensor.__dict__.pop(_RECIPE)
+    tensor.detach().copy_(kept.ref.on(storage))
 
 
 def uninitialized_parameters(model: torch.nn.Module) -> list[str]:
@@ -74,7 +86,7 @@ def uninitialized_parameters(model: torch.nn.Module) -> list[str]:
     with torch._C.DisableTorchFunction(), torch.no_grad():
         named = dict(model.named_parameters())
         deferred = {name for name, p in named.items() if p.is_meta and recipe_of(p) is not None}
-        names = [name for name, p in named.items() if _RECIPE in p.__dict__ and not p.is_meta]
+        names = [name for name, p in named.items() if p.__dict__.get(_RECIPE) is not None and not p.is_meta]
         empty = dict(zip(names, _intact([named[name] for name in names]), strict=True))
     return [name for name in named if name in deferred or empty.get(name, False)]
 
@@ -82,18 +94,30 @@ def uninitialized_parameters(model: torch.nn.Module) -> list[str]:
 def watch(model: torch.nn.Module) -> None:
     """At first use (a forward, or saving) initialize what nobody has written by then, with one warning.
 
-    The hooks remove themselves. Loading between now and the first use is normal, and silent.
+    The hooks remove themselves. Loading between now and the first use is normal, and silent. A model in which every
+    parameter has been written for sure is left alone.
     """
-    handles: list[Any] = []
+    if not any(_is_pending(param) for param in model.parameters()):
+        return
+    handles: list[tuple[torch.nn.Module | None, Any]] = []
 
-    def check(*_: Any) -> None:
-        while handles:
-            handles.pop().remove()
+    def check(caller: torch.nn.Module, *_: Any) -> None:
+        if not handles:
+            return
+        for module, handle in handles:
+            if module is not caller:  # torch is iterating over the caller's own: that one stays, and does nothing
+                handle.remove()
+        handles.clear()
         _audit(model)
 
     for module in model.modules():
-        handles.append(module.register_forward_pre_hook(check))
-        handles.append(module.register_state_dict_pre_hook(check))
+        handles.append((None, module.register_forward_pre_hook(check)))
+        handles.append((module, module.register_state_dict_pre_hook(check)))
+
+
+def _is_pending(param: torch.Tensor) -> bool:
+    with torch._C.DisableTorchFunction():
+        return param.__dict__.get(_RECIPE) is not None or (param.is_meta and recipe_of(param) is not None)
 
 
 def _audit(model: torch.nn.Module) -> None:
@@ -129,8 +153,8 @@ def _probe(tensor: torch.Tensor) -> torch.Tensor:
     """A view of a few elements in all parts of dense memory."""
     numel = tensor.numel()
     if numel < _PROBES:
-        return tensor.detach().as_strided((1,), (1,), tensor.storage_offset())
-    return tensor.detach().as_strided((_PROBES,), ((numel - 1) // (_PROBES - 1),), tensor.storage_offset())
+        return tensor.as_strided((1,), (1,), tensor.storage_offset())
+    return tensor.as_strided((_PROBES,), ((numel - 1) // (_PROBES - 1),), tensor.storage_offset())
 
 
 def _by_kind(tensors: Iterable[torch.Tensor]) -> dict[Any, list[torch.Tensor]]:

@@ -53,6 +53,7 @@ def materialize(
         for recipe, tensors in groups.items():
             parameter.give_memory(tensors, memory.pop(recipe))
         _check_complete(module)
+        initialize(module)  # what `allocate` gave memory, and nobody has written
         _move(module, target, dtype)
     return module
 

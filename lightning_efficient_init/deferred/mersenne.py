@@ -14,8 +14,7 @@ each), then the cached normal samples, which draws of whole words do not touch.
 
 from __future__ import annotations
 
-from functools import lru_cache, reduce
-from operator import xor
+from functools import lru_cache
 
 import torch
 
@@ -24,8 +23,9 @@ _DEGREE = 19937
 _NEXT = slice(16, 24)
 _LEFT = slice(8, 12)
 _WORDS = slice(24, 24 + 8 * NUM_WORDS)
-_MANY_DRAWS = 1 << 22  # from here on a jump is quicker than drawing
+_MANY_DRAWS = 1 << 23  # from here on a jump is quicker than drawing
 _CHUNK = 1 << 18
+_ROWS = 256  # XORed at a time, so that they stay in the cache; a power of two
 
 # Exponents of p below its degree, found with the Berlekamp-Massey algorithm; tests/deferred/test_mersenne.py
 # compares jumps with draws.
@@ -40,6 +40,7 @@ _EXPONENTS = (
     + (17160, 17271, 17329, 17445, 17498, 17725, 17783, 17841, 17952, 18068, 18179, 18237, 18406, 18633, 18691, 18860)
     + (19087, 19314)
 )
+_GAPS = tuple(high - low for low, high in zip(_EXPONENTS, (*_EXPONENTS[1:], _DEGREE), strict=True))[::-1]
 
 
 def advance(generator: torch.Generator, num_draws: int) -> None:
@@ -88,12 +89,14 @@ def _words_ahead(generator: torch.Generator) -> torch.Tensor:
 def _evaluate(polynomial: int, words: torch.Tensor) -> torch.Tensor:
     """XOR of ``words[k : k + 624]`` over the terms ``x**k``."""
     terms = [k for k, bit in enumerate(reversed(f"{polynomial:b}")) if bit == "1"]
-    rows = words.to(torch.int32).unfold(0, NUM_WORDS, 1)[torch.tensor(terms, device="cpu")]
-    while len(rows) > 1:
-        half = len(rows) // 2
-        odd = rows[2 * half :]
-        rows = torch.cat([rows[:half] ^ rows[half : 2 * half], odd])
-    return rows[0].to(torch.int64) & 0xFFFFFFFF
+    windows = words.to(torch.int32).unfold(0, NUM_WORDS, 1)
+    total = torch.zeros(_ROWS, NUM_WORDS, dtype=torch.int32, device="cpu")
+    for start in range(0, len(terms), _ROWS):
+        rows = windows[torch.tensor(terms[start : start + _ROWS], device="cpu")]
+        total[: len(rows)] ^= rows
+    while len(total) > 1:
+        total = total[: len(total) // 2] ^ total[len(total) // 2 :]
+    return total[0].to(torch.int64) & 0xFFFFFFFF
 
 
 @lru_cache(maxsize=256)
@@ -113,5 +116,8 @@ def _square(polynomial: int) -> int:
 
 def _reduce(polynomial: int) -> int:
     while high := polynomial >> _DEGREE:
-        polynomial = reduce(xor, (high << e for e in _EXPONENTS), polynomial ^ (high << _DEGREE))
+        product = 0  # of high and p, by Horner's rule
+        for gap in _GAPS:
+            product = (product ^ high) << gap
+        polynomial ^= product ^ high
     return polynomial

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ def exchange(tensor: torch.Tensor, data: torch.Tensor) -> None:
     as views are exchanged together with their base.
     """
     requires_grad = tensor.requires_grad
-    fresh = torch.Tensor._make_subclass(type(tensor), data.detach(), requires_grad and _differentiable(data))
+    fresh = torch.Tensor._make_subclass(type(tensor), data, requires_grad and _differentiable(data))
     torch._C._swap_tensor_impl(tensor, fresh)
 
 
@@ -108,7 +108,7 @@ class Guarded:
         raise misuse(self, "saved or pickled")  # type: ignore[arg-type]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _guarded(bare: type[torch.Tensor]) -> type[torch.Tensor]:
     members = {"_bare": bare, "__slots__": (), "__module__": __name__}
     return type(f"Deferred{bare.__name__}", (Guarded, bare), members)
@@ -116,21 +116,25 @@ def _guarded(bare: type[torch.Tensor]) -> type[torch.Tensor]:
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
     """A deep copy that is deferred too: its recipe is to copy what the original's recipe gives."""
-    recipe = recipe_of(tensor)
-    assert recipe is not None
     bare = type(tensor)._bare  # type: ignore[attr-defined]
     with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
-        data = torch.empty_like(tensor.detach())
-        source = Ref.to(tensor, recipe)
-        copied = Recipe(recipe.device, data.untyped_storage().nbytes(), label=recipe.label)
-        attach(data.untyped_storage(), copied)
-        op = Op(torch.ops.aten.clone.default, (source,), {}, recipe.device, reads=(recipe,), writes=(copied,))
-        op.outs, op.overwrites = (Ref.to(data, copied),), True
-        copied.ops.append(op)
+        data = _derived(tensor, torch.ops.aten.clone.default, torch.empty_like(tensor.detach()), {})
         made: torch.Tensor = torch.Tensor._make_subclass(bare, data, tensor.requires_grad)
-    made.__dict__.update({k: v for k, v in tensor.__dict__.items()})
+    made.__dict__.update(tensor.__dict__)
     guard(made)
     return made
+
+
+def _derived(tensor: torch.Tensor, func: Any, data: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    """Give the meta tensor ``data`` the recipe to call ``func`` on what the recipe of ``tensor`` gives."""
+    recipe = recipe_of(tensor)
+    assert recipe is not None
+    derived = Recipe(recipe.device, data.untyped_storage().nbytes(), label=recipe.label)
+    attach(data.untyped_storage(), derived)
+    op = Op(func, (Ref.to(tensor, recipe),), kwargs, recipe.device, reads=(recipe,), writes=(derived,))
+    op.outs, op.overwrites = (Ref.to(data, derived),), True
+    derived.ops.append(op)
+    return data
 
 
 def _guarded_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -146,7 +150,8 @@ def _guarded_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         return func(*args, **kwargs)
     tensors = _flat(args, kwargs)
     deferred = next(t for t in tensors if isinstance(t, Guarded))
-    if any(not t.is_meta for t in tensors) or (name.endswith("_") and not name.endswith("__") and args[0] is deferred):
+    in_place = name.endswith("_") and not name.endswith("__") and tensors[0] is deferred
+    if in_place or name == "__setitem__" or any(not t.is_meta for t in tensors):
         raise misuse(deferred, f"used in {name or func}")
     out = func(*args, **kwargs)
     _guard_views(out)
@@ -225,6 +230,20 @@ def bind(tensor: torch.Tensor) -> None:
     give_memory({id(t): t for t in (*living, tensor)}.values(), storage)
 
 
+def _cast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``t.to(dtype)``, ``t.half()``: recorded. ``t.to(device)`` needs memory."""
+    tensor = args[0]
+    try:
+        out = func(*args, **kwargs)
+    except NotImplementedError:
+        raise misuse(tensor, "moved to a device") from None
+    if out is tensor or not out.is_meta:
+        return out
+    data = _derived(tensor, torch.ops.aten._to_copy.default, torch.empty_like(out), {"dtype": out.dtype})
+    guard(data)
+    return data
+
+
 def _refuse(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     deferred = next(t for t in _flat(args, kwargs) if isinstance(t, Guarded))
     raise misuse(deferred, f"used in {getattr(func, '__name__', func)}")
@@ -263,5 +282,11 @@ _HANDLERS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
     _T.data_ptr: _refuse,
     _T.cpu: _refuse,
     _T.cuda: _refuse,
+    _T.to: _cast,
+    _T.half: _cast,
+    _T.float: _cast,
+    _T.double: _cast,
+    _T.bfloat16: _cast,
+    _T.type: _cast,
 }
 __all__ = ["Guarded", "bind", "exchange", "give_memory", "guard", "unguard"]

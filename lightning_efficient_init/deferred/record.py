@@ -27,7 +27,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -38,8 +38,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from lightning_efficient_init.deferred import audit, parameter
 from lightning_efficient_init.deferred.recipe import Op, Recipe, Ref, attach, recipe_of
-from lightning_efficient_init.deferred.replay import evaluate
-from lightning_efficient_init.deferred.streams import default_generator, generator_of, lock, places, state_at
+from lightning_efficient_init.deferred.replay import FILLS, evaluate
+from lightning_efficient_init.deferred.streams import generator_of, lock, places
 from lightning_efficient_init.errors import UnrecordableError
 
 aten = torch.ops.aten
@@ -48,8 +48,6 @@ _CPU = torch.device("cpu")
 _META = torch.device("meta")
 _CONSTANT_BYTES = 1 << 20  # a real tensor up to this size is copied into a recipe; a larger one stays what it is
 
-_FILLS = {aten.normal_.default, aten.uniform_.default, aten.zero_.default, aten.fill_.Scalar, aten.copy_.default}
-_FILLS |= {aten.fill_.Tensor, aten.bernoulli_.float, aten.exponential_.default, aten.log_normal_.default}
 _EMPTY = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_permuted.default}
 _RANDOM_FACTORIES = {aten.randn.default, aten.rand.default, aten.randn.generator, aten.rand.generator}
 _LIKE: dict[Any, Any] = {
@@ -141,16 +139,6 @@ def eager() -> Iterator[None]:
         yield
         return
     with recorder.pause():
-        yield
-
-
-@contextmanager
-def aside() -> Iterator[None]:
-    """Work on tensors as they are, in the midst of `deferred_init`: deferred ones are meta, and nothing is recorded.
-
-    For code that gives them memory itself. Without a recording this does nothing.
-    """
-    with nullcontext() if current() is None else _undisturbed():
         yield
 
 
@@ -388,6 +376,8 @@ class Recorder:
             return self._forced(func, args, kwargs)
         for tensor in tensors:
             self._refresh(tensor)
+            if tensor.is_meta and tensor.numel() and recipe_of(tensor) is None:
+                raise refusal(str(func), "it mixes deferred tensors with one on the meta device, which has no values")
         written = _written(func, args, kwargs)
         if any(not t.is_meta for t in written):
             return self._forced(func, args, kwargs)
@@ -402,7 +392,7 @@ class Recorder:
     def _in_place(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: list[torch.Tensor]
     ) -> torch.Tensor:
-        if func not in _FILLS:
+        if func not in FILLS:
             _check_on_meta(func, args, kwargs)
         elif func is aten.copy_.default:
             torch.broadcast_shapes(args[0].shape, args[1].shape)
@@ -452,7 +442,9 @@ class Recorder:
 
         def real(tensor: torch.Tensor) -> torch.Tensor:
             recipe = recipe_of(tensor) if tensor.is_meta else None
-            return tensor if recipe is None else Ref.to(tensor, recipe).on(memory[recipe])
+            if recipe is None:
+                return tensor
+            return Ref.to(tensor, recipe).on(memory[recipe]).requires_grad_(tensor.requires_grad)
 
         return _map_tensors(real, value)
 
@@ -527,10 +519,11 @@ class Recorder:
 
     def defer(self, data: torch.Tensor) -> torch.Tensor:
         """A deferred tensor in the place of the real ``data``, if its values can be had again; else ``data``."""
-        recipe = recipe_of(data)
-        if recipe is None or recipe.external or not recipe.ops or data.is_meta:
+        with torch._C.DisableTorchFunction():
+            recipe = None if data.is_meta else recipe_of(data)
+        if recipe is None or recipe.external or not recipe.ops:
             return data
-        with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
+        with _undisturbed():
             storage = torch.empty(recipe.num_bytes, dtype=torch.uint8, device=_META).untyped_storage()
             attach(storage, recipe)
             recipe.real = weakref.ref(data.untyped_storage())
@@ -671,18 +664,56 @@ def _to(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     """``t.to(its own device)`` returns ``t``, as in eager construction."""
     recipe = recipe_of(args[0])
     assert recipe is not None
-    device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*_parsable(args[1:]), **_parsable(kwargs))
-    if len(args) > 1 and isinstance(args[1], torch.Tensor):
-        device, dtype = _recorded_device((args[1],), {}), args[1].dtype
-    if device is not None and _indexed(device) == recipe.device:
-        device = None
-    options: dict[str, Any] = {"copy": kwargs.get("copy", False) or any(arg is True for arg in args[3:])}
-    options |= {} if memory_format is None else {"memory_format": memory_format}
-    options |= {} if device is None else {"device": device}
+    options = _to_options(args[1:], kwargs)
+    if options.get("device") is not None and _indexed(options["device"]) == recipe.device:
+        del options["device"]
     with torch._C.DisableTorchFunction():
-        out = args[0].to(dtype=dtype or args[0].dtype, **options)
+        out = args[0].to(**{"dtype": args[0].dtype, **options})
     recorder.track(out)
     return out
+
+
+def _to_options(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ``Tensor.to`` by name."""
+    options = {name: value for name, value in kwargs.items() if value is not None}
+    flags = ["non_blocking", "copy"]
+    for arg in (*args, options.pop("other", None)):
+        if isinstance(arg, torch.Tensor):
+            options |= {"device": _recorded_device((arg,), {}), "dtype": arg.dtype}
+        elif isinstance(arg, torch.dtype):
+            options["dtype"] = arg
+        elif isinstance(arg, bool):
+            options[flags.pop(0)] = arg
+        elif arg is not None:
+            options["device"] = arg
+    return options
+
+
+def _to_like(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``x.to(t)`` and ``x.type_as(t)``: to where ``t`` would be."""
+    other = args[1] if len(args) > 1 else kwargs.get("other")
+    if _is_deferred(args[0]) or _is_deferred(other):
+        return _to(recorder, func, args, kwargs)
+    return func(*args, **kwargs)
+
+
+def _set_item(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """``t[index] = 0``: the number as a real tensor, which else would be made (and lost) on the meta device."""
+    target, index, value = args
+    if isinstance(value, bool | int | float | complex):
+        value = torch.tensor(value, dtype=target.dtype, device=_CPU)
+    func(target, index, value)
+
+
+def _new(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``t.new(2, 3)`` and ``t.new_tensor(data)``."""
+    recipe = recipe_of(args[0])
+    assert recipe is not None
+    if func is torch.Tensor.new_tensor:
+        return torch.tensor(*args[1:], **{"dtype": args[0].dtype, "device": recipe.device, **kwargs})
+    if not all(isinstance(arg, int) for arg in args[1:]):
+        raise refusal("Tensor.new with data", "it asks a deferred tensor for its type")
+    return torch.empty(args[1:], dtype=args[0].dtype, device=recipe.device)
 
 
 def _to_own_device(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -724,10 +755,6 @@ def _deepcopy(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
     return memo[id(tensor)]
 
 
-def _reduce(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    raise parameter.misuse(args[0], "saved or pickled")
-
-
 _T = torch.Tensor
 _SPECIAL: dict[Any, Any] = {
     _T.device.__get__: _device,  # type: ignore[attr-defined]
@@ -741,15 +768,18 @@ _SPECIAL: dict[Any, Any] = {
     _T.numpy: _numpy,
     _T.__array__: _numpy,
     _T.data_ptr: _address,
-    _T.to: _to,
+    _T.to: _to_like,
+    _T.type_as: _to_like,
+    _T.new: _new,
+    _T.new_tensor: _new,
+    _T.__setitem__: _set_item,
     _T.cpu: _to_own_device,
     _T.cuda: _to_own_device,
     _T.data.__set__: _set_data,  # type: ignore[attr-defined]
     _T.copy_: _copy,
     _T.__deepcopy__: _deepcopy,
-    _T.__reduce_ex__: _reduce,
 }
-_ON_REAL_TOO = {_set_data, _numpy, _address}
+_ON_REAL_TOO = {_set_data, _numpy, _address, _to_like}
 
 
 def _is_deferred_or(args: tuple[Any, ...], special: Any) -> bool:
@@ -760,7 +790,7 @@ def _is_deferred_or(args: tuple[Any, ...], special: Any) -> bool:
 
 
 class _Patches:
-    """`torch.nn.Parameter` and ``trunc_normal_``, patched while any thread records."""
+    """`torch.nn.Parameter`, ``trunc_normal_`` and pickling, patched while any thread records."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -775,6 +805,7 @@ class _Patches:
                 self._patch(torch.nn.Parameter, "__new__", _new_parameter(torch.nn.Parameter.__new__))
                 whole = _trunc_normal(torch.nn.init._no_grad_trunc_normal_)
                 self._patch(torch.nn.init, "_no_grad_trunc_normal_", whole)
+                self._patch(torch.Tensor, "__reduce_ex__", _reduce(torch.Tensor.__reduce_ex__))
                 hook = torch.nn.modules.module.register_module_parameter_registration_hook(_registered)
                 self._undo.append(hook.remove)
 
@@ -825,6 +856,16 @@ def _trunc_normal(original: Callable[..., Any]) -> Callable[..., Any]:
     return _no_grad_trunc_normal_
 
 
+def _reduce(original: Callable[..., Any]) -> Callable[..., Any]:
+    def __reduce_ex__(self: torch.Tensor, protocol: Any) -> Any:  # noqa: N807
+        with torch._C.DisableTorchFunction():
+            if current() is not None and _is_deferred(self):
+                raise parameter.misuse(self, "saved or pickled")
+        return original(self, protocol)
+
+    return __reduce_ex__
+
+
 def _registered(module: torch.nn.Module, name: str, param: torch.Tensor | None) -> None:
     """Know a parameter by its place, for messages; and parameters that were made in unusual ways."""
     recorder = current()
@@ -868,7 +909,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[t
 
 def _overwrites(op: Op) -> bool:
     target = op.args[0] if op.args else None
-    if op.func not in _FILLS or not isinstance(target, Ref) or not target.covers_recipe:
+    if op.func not in FILLS or not isinstance(target, Ref) or not target.covers_recipe:
         return False
     return not any(isinstance(arg, Ref) and arg.recipe is target.recipe for arg in op.args[1:])
 
@@ -964,13 +1005,6 @@ def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
     if kwargs.get("device") is not None:
         return _indexed(kwargs["device"])
     return next((t.device for t in _tensors_in(args, kwargs)), _CPU)
-
-
-def _parsable(value: Any) -> Any:
-    """Arguments of ``Tensor.to`` without tensors and ``copy``, as ``_parse_to`` wants them."""
-    if isinstance(value, dict):
-        return {k: v for k, v in value.items() if k in ("device", "dtype", "non_blocking", "memory_format")}
-    return tuple(item for item in value if isinstance(item, torch.device | torch.dtype | str | int) and item is not True)
 
 
 def _copy_of(tensor: torch.Tensor) -> torch.Tensor:

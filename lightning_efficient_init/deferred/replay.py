@@ -15,9 +15,15 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_efficient_init.deferred.recipe import Op, Recipe, Ref, operations_for
-from lightning_efficient_init.deferred.streams import Cursor, Draw, borrowed, default_generator, generator_of, lock
+from lightning_efficient_init.deferred.streams import Cursor, Draw, borrowed, default_generator, lock
 
 aten = torch.ops.aten
+
+# In-place operations that do not look at what they write on.
+FILLS = {aten.normal_.default, aten.uniform_.default, aten.zero_.default, aten.fill_.Scalar, aten.fill_.Tensor}
+FILLS |= {aten.bernoulli_.float, aten.exponential_.default, aten.log_normal_.default, aten.cauchy_.default}
+FILLS |= {aten.random_.default, aten.random_.to, getattr(aten.random_, "from")}  # noqa: B009 (a keyword)
+FILLS |= {aten.geometric_.default, aten.copy_.default}
 
 
 def evaluate(
@@ -84,12 +90,12 @@ class Replay:
     @staticmethod
     def run_alone(op: Op, generator: torch.Generator) -> None:
         """Run ``op`` on scratch, drawing from ``generator`` as it stands."""
-        state = generator.get_state()
         replay = Replay(generator.device)
-        with replay:
-            reads = [recipe for recipe in op.reads if recipe.ops and recipe.ops[0].order < op.order]
+        target = op.args[0].recipe if op.func in FILLS and isinstance(op.args[0], Ref) else None
+        reads = [recipe for recipe in op.reads if recipe is not target]
+        with replay:  # leaves the generator as it found it
             replay.run(operations_for(reads, op.order), keep=reads)
-            generator.set_state(state)
+        with replay:
             replay._call(op, generator)
 
     def _run(self, op: Op) -> None:

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +26,7 @@ from lightning_efficient_init.deferred import mersenne
 from lightning_efficient_init.deferred.recipe import Op, Ref
 
 if TYPE_CHECKING:
-    from lightning_efficient_init.deferred.replay import Replay
+    pass
 
 aten = torch.ops.aten
 lock = threading.RLock()  # generators are shared between threads
@@ -323,7 +323,7 @@ def _window(op: Op) -> Ref | None:
     return op.args[0] if op.args and isinstance(op.args[0], Ref) else None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _known_cost(normal: bool, dtype: torch.dtype) -> bool:
     """Trust the arithmetic of `num_draws` only where this build of PyTorch agrees with it."""
     if dtype not in (*_SINGLE_DRAW, torch.float64):

@@ -47,7 +47,7 @@ class EfficientSingleDeviceStrategy(FollowsAcceleratorDevice, SingleDeviceStrate
         precision: Precision | None = None,
     ) -> None:
         super().__init__(
-            device="cpu" if device is None else device,  # type: ignore[arg-type]
+            device="cpu" if device is None else device,
             accelerator=accelerator,
             checkpoint_io=checkpoint_io,
             precision=precision,

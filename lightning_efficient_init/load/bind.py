@@ -128,7 +128,7 @@ def _bind_standard(module: Module, prefix: str, state: Mapping[str, Any], bindin
 
 def _offer(binding: Binding, name: str, tensor: torch.Tensor, value: Any) -> None:
     """Take ``value`` for ``tensor`` if it fits."""
-    source = value.entry if isinstance(value, LazyTensor) else value
+    source = _entry_or_value(value)
     if not isinstance(source, (Entry, torch.Tensor)):
         raise TypeError(f"{name}: expected a tensor in the state dict, found {type(source).__name__}.")
     if not _fits(tuple(tensor.shape), tuple(source.shape)):
@@ -137,6 +137,13 @@ def _offer(binding: Binding, name: str, tensor: torch.Tensor, value: Any) -> Non
         binding.entries[name] = source
     else:
         binding.values[name] = source
+
+
+def _entry_or_value(value: Any) -> Any:
+    """The entry behind a lazy tensor, or what is there instead once somebody has written to it."""
+    if isinstance(value, LazyTensor):
+        return value.read() if value.entry is None else value.entry
+    return value
 
 
 def _fits(expected: Shape, found: Shape) -> bool:
@@ -222,8 +229,8 @@ class _Intercept(TorchFunctionMode):
         self._names = {id(tensor): name for name, tensor in tensors.items()}
         self._copies: list[tuple[str, torch.Tensor]] = []
 
-    def __enter__(self) -> list[tuple[str, torch.Tensor]]:  # type: ignore[override]
-        super().__enter__()
+    def __enter__(self) -> list[tuple[str, torch.Tensor]]:
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self._copies
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

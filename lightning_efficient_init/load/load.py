@@ -11,7 +11,7 @@ import torch
 from torch.nn import Module
 
 from lightning_efficient_init.checkpoint import Entry
-from lightning_efficient_init.deferred import allocate, aside, eager, forget, has_recipe, initialize
+from lightning_efficient_init.deferred import allocate, eager, forget, has_recipe, initialize, is_deferred
 from lightning_efficient_init.errors import DeferredParameterError, shorten
 from lightning_efficient_init.load.bind import Binding, named_state
 from lightning_efficient_init.load.keys import KeyMap
@@ -92,7 +92,7 @@ def run_plan(
     started = time.perf_counter() if started is None else started
     model = unwrap(model)
     devices = {tensor.device for tensor in plan.binding.tensors.values()}
-    with aside(), Meter(plan.num_bytes, devices, progress) as meter:
+    with Meter(plan.num_bytes, devices, progress) as meter:
         loaded = _write(model, plan.binding, settings, meter, mmap=mmap)
         initialized = _initialize_rest(model, plan)
     return LoadReport(
@@ -122,24 +122,27 @@ def _write(model: Module, binding: Binding, settings: Settings, meter: Meter, *,
             tensors[name].copy_(value)
     for call in binding.calls:
         call()
-    forget(model, names)
+    forget(model, _parameters_among(model, names))
     return tuple(names)
 
 
 def _with_memory(model: Module, binding: Binding, names: Sequence[str]) -> dict[str, torch.Tensor]:
     """The tensors to write, after deferred ones among them got memory."""
-    deferred = [name for name in names if binding.tensors[name].is_meta]
-    if not deferred:
-        return binding.tensors
-    allocate(model, names=deferred)
-    tensors = {**binding.tensors, **named_state(model)}
-    if bare := [name for name in deferred if tensors[name].is_meta]:
+    deferred = [name for name in names if is_deferred(binding.tensors[name])]
+    if bare := [name for name in names if binding.tensors[name].is_meta and name not in deferred]:
         raise DeferredParameterError(
             f"{shorten(bare)}: on the meta device, without a recipe that says where it belongs, so there is no memory "
             "to load into. Build the model under deferred_init() instead of torch.device('meta'), or call "
             "model.to_empty(device=...) first."
         )
-    return tensors
+    allocate(model, names=deferred)
+    return {**binding.tensors, **named_state(model)} if deferred else binding.tensors
+
+
+def _parameters_among(model: Module, names: Sequence[str]) -> list[str]:
+    """Those of ``names`` that are parameters; only these are ever deferred or empty."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return [name for name in names if name in parameters]
 
 
 def _last_per_tensor(

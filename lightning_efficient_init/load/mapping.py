@@ -27,7 +27,9 @@ def map_entries(pairs: Pairs) -> None:
     for _, tensor, entry in pairs:
         if entry.file not in storages:
             size = os.path.getsize(entry.file)
-            storages[entry.file] = torch.UntypedStorage.from_file(entry.file, shared=False, nbytes=size)
+            storages[entry.file] = torch.UntypedStorage.from_file(  # type: ignore[assignment]
+                entry.file, shared=False, nbytes=size
+            )
         tensor.data = _view(storages[entry.file], entry)
 
 

@@ -30,9 +30,10 @@ def _load_lazy(
     assign: bool = False,
 ) -> Any:
     """Stream the lazy tensors of ``state_dict``; a state dict without any goes to ``original``."""
-    path = next((value.entry.file for value in state_dict.values() if isinstance(value, LazyTensor)), None)
-    if path is None:
+    entries = [value.entry for value in state_dict.values() if isinstance(value, LazyTensor)]
+    if not entries:
         return original(module, state_dict, strict, assign)
+    path = next((entry.file for entry in entries if entry is not None), "The state dict")
     with eager():
         if assign:
             device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))

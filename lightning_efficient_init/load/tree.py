@@ -28,7 +28,10 @@ def read_tree(tree: Any, device: torch.device, settings: Settings | None = None)
     names: dict[Entry, str] = {}
 
     def reserve(leaf: Entry | LazyTensor, path: tuple[object, ...]) -> torch.Tensor:
-        entry = leaf.entry if isinstance(leaf, LazyTensor) else leaf
+        entry = leaf if isinstance(leaf, Entry) else leaf.entry
+        if entry is None:
+            assert isinstance(leaf, LazyTensor)
+            return leaf.read().to(device)
         if entry not in tensors:
             names[entry] = ".".join(map(str, path))
             target = device if entry.shape else torch.device("cpu")

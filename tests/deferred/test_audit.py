@@ -1,0 +1,261 @@
+"""Empty parameters: allocated, recognized, initialized at first use, whichever way they are written."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_efficient_init.deferred import (
+    UninitializedParameterWarning,
+    allocate,
+    deferred_init,
+    empty_init,
+    forget,
+    has_recipe,
+    initialize,
+    is_deferred,
+    materialize,
+    uninitialized_parameters,
+    watch,
+)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(20, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.head = nn.Linear(6, 20)
+        self.head.weight = self.embedding.weight
+        self.scale = nn.Parameter(torch.tensor(0.5))
+        self.frozen = nn.Parameter(torch.randn(3), requires_grad=False)
+
+    def forward(self, x):
+        return self.head(self.norm(self.embedding(x))) * self.scale
+
+
+NAMES = ["scale", "frozen", "embedding.weight", "norm.weight", "norm.bias", "head.bias"]
+
+
+def build(device="cpu", seed=0):
+    torch.manual_seed(seed)
+    with torch.device(device):
+        expected = Net()
+    torch.manual_seed(seed)
+    with empty_init(), torch.device(device):
+        found = Net()
+    return found, expected
+
+
+def assert_same(found, expected):
+    assert list(found.state_dict()) == list(expected.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), expected.state_dict().values()))
+
+
+def test_empty_init_gives_memory_and_keeps_ties_identity_and_requires_grad(device):
+    found, expected = build(device)
+    assert not is_deferred(found)
+    assert all(type(p) is nn.Parameter and p.device.type == device.type for p in found.parameters())
+    assert found.head.weight is found.embedding.weight
+    assert not found.frozen.requires_grad
+    assert uninitialized_parameters(found) == NAMES
+    assert all(has_recipe(p) for p in found.parameters())
+    assert torch.equal(found.norm.running_var, expected.norm.running_var)
+
+
+def test_initialize_gives_the_values_of_eager_construction(device):
+    found, expected = build(device)
+    assert initialize(found, ["head.bias"]) == ["head.bias"]
+    assert uninitialized_parameters(found) == [name for name in NAMES if name != "head.bias"]
+    assert initialize(found) == [name for name in NAMES if name != "head.bias"]
+    assert_same(found, expected)
+    assert uninitialized_parameters(found) == []
+    assert not any(has_recipe(p) for p in found.parameters())
+    assert initialize(found) == []
+
+
+def _load(found, state):
+    found.load_state_dict(state)
+
+
+def _assign(found, state):
+    found.load_state_dict(state, assign=True)
+
+
+def _copy(found, state):
+    with torch.no_grad():
+        for name, p in found.named_parameters():
+            p.copy_(state[name])
+
+
+def _data_copy(found, state):
+    for name, p in found.named_parameters():
+        p.data.copy_(state[name])
+
+
+def _data(found, state):
+    for name, p in found.named_parameters():
+        p.data = state[name].clone()
+
+
+def _index(found, state):
+    for name, p in found.named_parameters():
+        p.data[...] = state[name]
+
+
+def _fill(found, state):
+    for p in found.parameters():
+        nn.init.constant_(p, 0.25)
+
+
+def _numpy(found, state):
+    for name, p in found.named_parameters():
+        p.detach().cpu().numpy()[...] = state[name].cpu()
+
+
+@pytest.mark.parametrize("write", [_load, _assign, _copy, _data_copy, _data, _index, _fill])
+def test_every_way_of_writing_is_seen(write, device):
+    found, expected = build(device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        watch(found.eval())
+        write(found, expected.state_dict())
+        assert uninitialized_parameters(found) == []
+        found(torch.arange(5, device=device))
+    if write is not _fill:
+        assert_same(found, expected)
+    assert_unwatched(found)
+
+
+def test_writing_through_numpy_is_seen():
+    found, expected = build()
+    _numpy(found, expected.state_dict())
+    assert uninitialized_parameters(found) == []
+
+
+def assert_unwatched(model):
+    for module in model.modules():
+        assert not module._forward_pre_hooks
+        assert not module._state_dict_pre_hooks
+
+
+@pytest.mark.parametrize("use", [lambda m, d: m(torch.arange(5, device=d)), lambda m, d: m.state_dict(), lambda m, d: m.head(torch.ones(2, 6, device=d))])
+def test_first_use_initializes_what_nobody_wrote_and_warns_once(use, device):
+    found, expected = build(device)
+    state = expected.state_dict()
+    watch(found)
+    found.load_state_dict({"scale": state["scale"], "frozen": state["frozen"]}, strict=False)
+    with pytest.warns(UninitializedParameterWarning, match="4 parameters .*embedding.weight.*head.bias") as caught:
+        use(found, device)
+    assert len(caught) == 1
+    assert_unwatched(found)
+    assert torch.equal(found.head.weight, expected.head.weight)
+    assert torch.equal(found.head.bias, expected.head.bias)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        use(found, device)
+
+
+def test_a_deferred_model_is_initialized_at_first_use_too():
+    torch.manual_seed(0)
+    expected = Net()
+    torch.manual_seed(0)
+    with deferred_init():
+        found = Net()
+    watch(found)
+    assert uninitialized_parameters(found) == NAMES
+    with pytest.warns(UninitializedParameterWarning):
+        found(torch.arange(5))
+    assert torch.equal(found.head.weight, expected.head.weight)
+
+
+def test_the_warning_is_short_for_many_names():
+    with empty_init():
+        found = nn.Sequential(*[nn.Linear(2, 2) for _ in range(40)])
+    watch(found)
+    with pytest.warns(UninitializedParameterWarning, match=r"80 parameters .* and 70 more") as caught:
+        found(torch.ones(1, 2))
+    assert len(str(caught[0].message)) < 500
+
+
+def test_memory_that_moved_or_was_cast_is_still_recognized(device):
+    found, _ = build()
+    found.to(device)
+    assert uninitialized_parameters(found) == NAMES
+    for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.float32):
+        found.to(dtype)
+        assert uninitialized_parameters(found) == NAMES
+    _, expected = build()
+    initialize(found)
+    assert torch.equal(found.head.weight.cpu(), expected.head.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(), (1,), (2,), (3, 1), (4,), (5,), (7, 11), (3, 4, 5)])
+def test_every_dtype_and_shape_holds_the_canary(dtype, shape):
+    torch.manual_seed(0)
+    expected = torch.randn(shape, dtype=dtype)
+    torch.manual_seed(0)
+    with empty_init():
+        holder = nn.Module()
+        holder.weight = nn.Parameter(torch.randn(shape, dtype=dtype))
+    assert uninitialized_parameters(holder) == ["weight"]
+    initialize(holder)
+    assert torch.equal(holder.weight, expected)
+
+
+def test_integers_get_their_values_at_once():
+    with empty_init():
+        holder = nn.Module()
+        holder.weight = nn.Parameter(torch.zeros(5, dtype=torch.uint8), requires_grad=False)
+    assert uninitialized_parameters(holder) == []
+    assert holder.weight.tolist() == [0] * 5
+
+
+def test_allocate_takes_names_and_forget_drops_recipes():
+    with deferred_init():
+        found = Net()
+    allocate(found, names=["head.bias", "head.weight"])
+    assert not found.head.bias.is_meta
+    assert found.head.weight is found.embedding.weight
+    assert found.scale.is_meta
+    forget(found, ["head.bias"])
+    assert not has_recipe(found.head.bias)
+    assert "head.bias" not in uninitialized_parameters(found)
+    assert has_recipe(found.head.weight)
+
+
+def test_an_exception_allocates_nothing():
+    models = []
+    with pytest.raises(ZeroDivisionError), empty_init():
+        models.append(Net())
+        raise ZeroDivisionError
+    assert is_deferred(models[0])
+    assert materialize(models[0]).scale.item() == 0.5
+
+
+def test_inside_another_recording_the_outer_one_decides():
+    with deferred_init():
+        with empty_init():
+            found = Net()
+        assert is_deferred(found)
+    assert is_deferred(found)
+
+
+def test_a_hundred_thousand_parameters_are_allocated_and_checked():
+    with deferred_init():
+        found = nn.ParameterList([nn.Parameter(torch.zeros(2)) for _ in range(20_000)])
+    allocate(found)
+    assert len(uninitialized_parameters(found)) == 20_000
+    with torch.no_grad():
+        found[7].fill_(1)
+    assert "7" not in uninitialized_parameters(found)
+
+
+def test_an_empty_parameter_that_is_materialized_gets_its_values():
+    found, expected = build()
+    materialize(found)
+    assert_same(found, expected)

@@ -1,0 +1,217 @@
+"""Weights that come from outside, in the context and after it; what a deferred parameter refuses."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_efficient_init.deferred import deferred_init, is_deferred, materialize
+from lightning_efficient_init.errors import DeferredParameterError
+
+LARGE = 600  # 600 x 600 floats are more than a recipe keeps a copy of
+
+
+def build(size=8):
+    return nn.Sequential(nn.Linear(size, size), nn.LayerNorm(size), nn.Linear(size, size, bias=False))
+
+
+@pytest.fixture(params=[8, LARGE], ids=["small", "large"])
+def size(request):
+    return request.param
+
+
+def assert_state(model, expected):
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+
+
+def _load(model, state):
+    model.load_state_dict(state)
+
+
+def _assign(model, state):
+    model.load_state_dict(state, assign=True)
+
+
+def _copy(model, state):
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            param.copy_(state[name])
+
+
+def _data_copy(model, state):
+    for name, param in model.named_parameters():
+        param.data.copy_(state[name])
+
+
+def _data(model, state):
+    for name, param in model.named_parameters():
+        param.data = state[name].clone()
+
+
+def _new_parameters(model, state):
+    for name, value in state.items():
+        path, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(path), leaf, nn.Parameter(value))
+
+
+WAYS = [_load, _assign, _copy, _data_copy, _data, _new_parameters]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_loaded_inside_the_context_are_there(way, size):
+    state = build(size).state_dict()
+    kept = copy.deepcopy(state)
+    with deferred_init():
+        model = build(size)
+        way(model, state)
+    materialize(model)
+    assert_state(model, kept)
+    assert all(type(p) is nn.Parameter and p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_loaded_after_the_context_are_there(way, size):
+    state = build(size).state_dict()
+    with deferred_init():
+        model = build(size)
+    parameters = list(model.parameters())
+    way(model, state)
+    assert not is_deferred(model)
+    assert_state(model, state)
+    if way not in (_assign, _new_parameters):
+        assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    model(torch.ones(2, size)).sum().backward()
+
+
+def test_tied_weights_are_loaded_once_and_stay_tied():
+    def tied():
+        model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9, bias=False))
+        model[1].weight = model[0].weight
+        return model
+
+    state = tied().state_dict()
+    with deferred_init():
+        model = tied()
+    model.load_state_dict(state)
+    assert model[0].weight is model[1].weight
+    assert torch.equal(model[1].weight, state["0.weight"])
+
+
+def test_a_part_that_is_loaded_leaves_the_rest_to_its_recipes():
+    torch.manual_seed(0)
+    expected = build()
+    torch.manual_seed(0)
+    with deferred_init():
+        model = build()
+    model.load_state_dict({"0.weight": torch.full((8, 8), 3.0)}, strict=False)
+    assert model[0].bias.is_meta
+    materialize(model)
+    assert torch.equal(model[0].weight, torch.full((8, 8), 3.0))
+    assert torch.equal(model[2].weight, expected[2].weight)
+
+
+def test_rows_written_inside_the_context_keep_the_others_as_initialized():
+    def extended():
+        layer = nn.Embedding(1200, 300)
+        with torch.no_grad():
+            layer.weight[:1000].copy_(base)
+        return layer
+
+    base = torch.randn(1000, 300)
+    torch.manual_seed(0)
+    expected = extended()
+    torch.manual_seed(0)
+    with deferred_init():
+        model = extended()
+    assert torch.equal(materialize(model).weight, expected.weight)
+
+
+def test_torch_load_inside_the_context_reads_the_file(tmp_path):
+    state = build(LARGE).state_dict()
+    torch.save(state, tmp_path / "weights.pt")
+    with deferred_init():
+        model = build(LARGE)
+        model.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    materialize(model)
+    assert_state(model, state)
+
+
+def test_from_pretrained_inside_the_context_ends_with_the_weights(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        original = transformers.LlamaForCausalLM(config)
+        original.save_pretrained(tmp_path)
+        with deferred_init():
+            model = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+        materialize(model)
+    assert_state(model, original.state_dict())
+    assert torch.equal(model.model.rotary_emb.inv_freq, original.model.rotary_emb.inv_freq)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda m: m(torch.ones(2, 8)),
+        lambda m: m[0].weight + torch.ones(8),
+        lambda m: torch.ones(8, 8) @ m[0].weight,
+        lambda m: m[0].weight[0].fill_(1),
+        lambda m: m[0].weight.data.__setitem__(0, 1.0),
+        lambda m: m[0].weight.tolist(),
+        lambda m: m[0].weight.detach().numpy(),
+        lambda m: m[0].weight.data.normal_(),
+        lambda m: m[0].weight.data.view(-1).zero_(),
+        lambda m: nn.init.normal_(m[0].weight),
+        lambda m: m[0].weight.cpu(),
+        lambda m: m.to("cpu"),
+        lambda m: m.cpu(),
+        lambda m: torch.zeros(8, 8).copy_(m[0].weight),
+        lambda m: torch.save(m.state_dict(), io.BytesIO()),
+        lambda m: torch.save(m, io.BytesIO()),
+    ],
+)
+def test_a_use_that_needs_values_raises_and_says_what_to_do(use):
+    with deferred_init():
+        model = build()
+    with pytest.raises(DeferredParameterError, match=r"(weight|bias) of Linear.*materialize"):
+        use(model)
+    assert is_deferred(model)
+
+
+def test_a_cast_of_a_deferred_model_is_recorded():
+    torch.manual_seed(0)
+    expected = build().to(torch.bfloat16)
+    torch.manual_seed(0)
+    with deferred_init():
+        model = build()
+    weight = model[0].weight
+    model.to(torch.bfloat16)
+    assert is_deferred(model)
+    materialize(model)
+    assert model[0].weight is weight
+    assert_state(model, expected.state_dict())
+
+
+def test_what_needs_no_values_works():
+    with deferred_init():
+        model = build()
+    weight = model[0].weight
+    assert "Deferred" in repr(weight)
+    assert weight.shape == (8, 8)
+    assert weight.numel() == 64
+    assert weight.is_meta
+    assert isinstance(weight, nn.Parameter)
+    assert weight in {weight}
+    model.requires_grad_(False).train().eval().zero_grad()
+    assert sum(p.numel() for p in model.parameters()) == 8 * 8 * 2 + 8 * 3
+    assert list(model.state_dict()) == list(build().state_dict())
+    materialize(model)
+    assert not model[0].weight.requires_grad
