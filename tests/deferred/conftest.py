@@ -40,9 +40,11 @@ def assert_same_tensor(found, expected, name=""):
     assert found.shape == expected.shape, name
     assert found.stride() == expected.stride(), name
     assert found.requires_grad == expected.requires_grad, name
-    assert torch.equal(found.detach().view(-1).nan_to_num(7.5), expected.detach().view(-1).nan_to_num(7.5)) if (
-        found.is_contiguous()
-    ) else torch.equal(found, expected), name
+    assert (
+        torch.equal(found.detach().view(-1).nan_to_num(7.5), expected.detach().view(-1).nan_to_num(7.5))
+        if (found.is_contiguous())
+        else torch.equal(found, expected)
+    ), name
 
 
 def assert_same_value(found, expected, name):

@@ -142,7 +142,14 @@ def assert_unwatched(model):
         assert not module._state_dict_pre_hooks
 
 
-@pytest.mark.parametrize("use", [lambda m, d: m(torch.arange(5, device=d)), lambda m, d: m.state_dict(), lambda m, d: m.head(torch.ones(2, 6, device=d))])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda m, d: m(torch.arange(5, device=d)),
+        lambda m, d: m.state_dict(),
+        lambda m, d: m.head(torch.ones(2, 6, device=d)),
+    ],
+)
 def test_first_use_initializes_what_nobody_wrote_and_warns_once(use, device):
     found, expected = build(device)
     state = expected.state_dict()
