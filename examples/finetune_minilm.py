@@ -105,11 +105,11 @@ def build_trainer(args: argparse.Namespace) -> L.Trainer:
     )
 
 
-def build_pretrained(trainer: L.Trainer) -> SentenceEncoder:
+def build_pretrained(trainer: L.Trainer, learning_rate: float) -> SentenceEncoder:
     """MiniLM with its published weights: built empty in place, then filled from the file."""
     folder = get_model_path()
     with trainer.init_module(empty_init=True):
-        model = SentenceEncoder(json.loads((folder / "config.json").read_text()))
+        model = SentenceEncoder(json.loads((folder / "config.json").read_text()), learning_rate)
     not_a_weight = {"embeddings.position_ids": None}  # older versions of transformers saved this buffer
     report = load_checkpoint(model.bert, folder / "model.safetensors", key_map=not_a_weight)
     console.print(f"[bold]pretrained weights[/]: {report}")
@@ -151,10 +151,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--accelerator", default="auto", help="cpu, cuda, or auto (default)")
     parser.add_argument("--precision", default="32-true", help="as for EfficientInit (default: 32-true)")
-    parser.add_argument("--max-steps", type=int, default=40)
+    parser.add_argument("--max-steps", type=int, default=30)
+    parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=24, help="longer texts are cut")
-    parser.add_argument("--num-held-out", type=int, default=500)
+    parser.add_argument("--num-held-out", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", type=Path, help="where to save the result; by default it is not kept")
     parser.add_argument("--rounds", type=int, default=3, help="of the comparison with stock Lightning; 0 skips it")
@@ -168,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     train_loader, held_out_loader = build_loaders(args)
 
     trainer = build_trainer(args)
-    model = build_pretrained(trainer)
+    model = build_pretrained(trainer, args.learning_rate)
     print_recall("before", trainer, model, held_out_loader)
     trainer.fit(model, train_loader)
     print_recall(f"after {args.max_steps} steps", trainer, model, held_out_loader)
