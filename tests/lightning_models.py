@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 
 import lightning as L
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_efficient_init import EfficientInit
 
+# Lightning's advice on data loaders and unused GPUs
+ADVICE = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 PRECISIONS = ["32-true", "bf16-true", "16-true", "64-true", "bf16-mixed", "16-mixed"]
 DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 
@@ -42,7 +45,7 @@ class Regression(L.LightningModule):
         return self(batch[0])
 
     def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), self.hparams.lr)
+        return torch.optim.Adam(self.parameters(), self.hparams.lr, eps=1e-3)
 
 
 def loader():

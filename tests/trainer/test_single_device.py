@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning_models import ADVICE, Regression, assert_equal_states, loader, quiet_trainer
+
+from lightning_efficient_init import EfficientInit, load_checkpoint, uninitialized_parameters
+from lightning_efficient_init.deferred import UninitializedParameterWarning
+from lightning_efficient_init.errors import UnsupportedCheckpointError
+from lightning_efficient_init.trainer import EfficientSingleDeviceStrategy
+
+pytestmark = ADVICE
+
+
+def our_trainer(precision="32-true", accelerator="cpu", **kwargs):
+    return quiet_trainer(accelerator, **{"strategy": "efficient_init", "plugins": [EfficientInit(precision)], **kwargs})
+
+
+@pytest.fixture
+def checkpoint(tmp_path, device):
+    """A checkpoint after one epoch, by stock Lightning."""
+    trainer = quiet_trainer(device.type)
+    trainer.fit(Regression(width=24), loader())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    return tmp_path / "a.ckpt"
+
+
+def test_the_strategy_follows_the_accelerators_device(device):
+    trainer = our_trainer(accelerator=device.type)
+    assert isinstance(trainer.strategy, EfficientSingleDeviceStrategy)
+    assert trainer.strategy.root_device == device
+
+
+def test_fit_resumes_as_stock_lightning_does(checkpoint, device):
+    states = []
+    for trainer in (our_trainer(accelerator=device.type, max_epochs=3), quiet_trainer(device.type, max_epochs=3)):
+        torch.manual_seed(0)
+        model = Regression(width=24).to(device)
+        trainer.fit(model, loader(), ckpt_path=checkpoint)
+        assert trainer.current_epoch == 3
+        assert trainer.global_step == 12
+        states.append(model.state_dict())
+    assert_equal_states(states[0], states[1])
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_other_stages_load_the_weights_alone(checkpoint, stage, monkeypatch):
+    trainer = our_trainer()
+    with trainer.init_module(empty_init=True):
+        model = Regression(width=24)
+    read = []
+    monkeypatch.setattr(
+        EfficientSingleDeviceStrategy, "load_optimizer_state_dict", lambda self, checkpoint: read.append(checkpoint)
+    )
+    getattr(trainer, stage)(model, loader(), ckpt_path=checkpoint)
+    assert not read
+    assert_equal_states(model.state_dict(), torch.load(checkpoint)["state_dict"])
+
+
+def test_optimizer_states_are_not_read_by_validate(tmp_path):
+    trainer = quiet_trainer()
+    trainer.fit(Regression(width=60_000), loader())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    weights = sum(t.nbytes for t in trainer.model.state_dict().values())
+    model = Regression(width=60_000)
+    trainer = our_trainer()
+    trainer.validate(model, loader(), verbose=False)
+    before = bytes_read()
+    trainer.validate(model, loader(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    assert bytes_read() - before < 1.05 * weights + 500_000
+
+
+def bytes_read() -> int:
+    with open("/proc/self/io") as io:
+        return int(io.readline().split()[1])
+
+
+def test_what_is_saved_loads_with_stock_lightning(tmp_path):
+    trainer = our_trainer("bf16-true")
+    with trainer.init_module():
+        model = Regression()
+    trainer.fit(model, loader())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    stock = Regression.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert torch.equal(stock.scale, model.scale.float())
+
+
+def test_hooks_see_the_checkpoint_and_may_edit_it(checkpoint):
+    class Edits(Regression):
+        def on_load_checkpoint(self, checkpoint):
+            state = checkpoint["state_dict"]
+            assert state["scale"].shape == (8,)
+            state["scale"] = state["scale"] * 2
+            state["net.0.bias"][0] = 7.0
+            state["net.3.weight"] = state.pop("net.3.weight").clone()
+
+    model = Edits(width=24)
+    our_trainer().validate(model, loader(), ckpt_path=checkpoint, verbose=False)
+    expected = torch.load(checkpoint)["state_dict"]
+    expected["scale"] *= 2
+    expected["net.0.bias"][0] = 7.0
+    assert_equal_states(model.state_dict(), expected)
+
+
+def test_a_module_may_override_load_state_dict(checkpoint):
+    class Renames(Regression):
+        def load_state_dict(self, state_dict, strict=True, assign=False):
+            self.seen = list(state_dict)
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    model = Renames(width=24)
+    our_trainer().validate(model, loader(), ckpt_path=checkpoint, verbose=False)
+    assert "scale" in model.seen
+    assert_equal_states(model.state_dict(), torch.load(checkpoint)["state_dict"])
+
+
+def test_a_checkpoint_of_bare_weights_is_refused_with_what_to_do(tmp_path):
+    torch.save(Regression().state_dict(), tmp_path / "a.pth")
+    with pytest.raises(UnsupportedCheckpointError, match="expected a Lightning checkpoint.*load_checkpoint"):
+        our_trainer().validate(Regression(), loader(), ckpt_path=tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("strategy", ["auto", "efficient_init"])
+def test_what_nobody_loads_is_initialized_when_training_starts(strategy):
+    trainer = quiet_trainer(strategy=strategy, plugins=[EfficientInit("32-true")])
+    torch.manual_seed(8)
+    with trainer.init_module(empty_init=True):
+        model = Regression()
+    assert uninitialized_parameters(model)
+    with pytest.warns(UninitializedParameterWarning):
+        trainer.validate(model, loader(), verbose=False)
+    torch.manual_seed(8)
+    assert_equal_states(dict(model.named_parameters()), dict(Regression().named_parameters()))
+
+
+def test_loading_between_init_and_fit_does_not_warn(checkpoint):
+    trainer = our_trainer("bf16-true")
+    with trainer.init_module(empty_init=True):
+        model = Regression(width=24)
+    load_checkpoint(model, checkpoint)
+    trainer.fit(model, loader())
+
+
+def test_configure_model_builds_on_the_device_in_the_precision(checkpoint):
+    class Late(Regression):
+        def __init__(self, width=16, lr=0.1):
+            super().__init__(width, lr)
+            self.late = None
+
+        def configure_model(self):
+            if self.late is None:
+                self.late = torch.nn.Linear(3, 3)
+
+    model = Late(width=24)
+    our_trainer("bf16-true").validate(model, loader(), verbose=False)
+    assert model.late.weight.dtype == torch.bfloat16
