@@ -83,13 +83,11 @@ def _trainer(way: str, accelerator: str, precision: Any) -> L.Trainer:
     return L.Trainer(accelerator=accelerator, devices=1, logger=False, enable_checkpointing=False, **options)
 
 
-def _load(
-    trainer: L.Trainer, module_class: type[L.LightningModule], path: Path
-) -> tuple[L.LightningModule, float]:
+def _load(trainer: L.Trainer, module_class: type[L.LightningModule], path: Path) -> tuple[L.LightningModule, float]:
     started = time.perf_counter()
     with trainer.init_module(empty_init=True):
         model = module_class.load_from_checkpoint(path)
-    if torch.cuda.is_available():
+    if model.device.type == "cuda":
         torch.cuda.synchronize()
     return model, time.perf_counter() - started
 

@@ -62,13 +62,13 @@ class SentenceEncoder(L.LightningModule):
         mask = tokens["attention_mask"].unsqueeze(-1).to(hidden.dtype)
         return F.normalize((hidden * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
 
-    def training_step(self, batch: Batch, _: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """In-batch contrastive loss: each name has to find its own summary, and each summary its name."""
         logits = self(batch["names"]) @ self(batch["summaries"]).T / self.hparams["temperature"]
         target = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    def test_step(self, batch: Batch, _: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Embed both sides."""
         self.held_out.append((self(batch["names"]), self(batch["summaries"])))
 
@@ -80,7 +80,7 @@ class SentenceEncoder(L.LightningModule):
         rank = (similarities > similarities.diagonal().unsqueeze(1)).sum(dim=1)
         self.log_dict({f"recall@{k}": (rank < k).float().mean() for k in (1, 10)})
 
-    def predict_step(self, batch: Batch, _: int) -> Tensor:
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Embed the summaries."""
         return self(batch["summaries"])
 

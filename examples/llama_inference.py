@@ -66,8 +66,9 @@ def load_and_report(fabric: L.Fabric, config: Config, path: Path) -> GPT:
     num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     console.print(
         f"[bold]{config.name}[/], {num_bytes / 1e9:.3f} GB of weights: built and loaded in {elapsed_s:.2f} s "
-        f"({num_bytes / elapsed_s / 1e9:.1f} GB/s); host memory peak +{memory.host_bytes / 1e9:.3f} GB; "
-        f"device memory peak {memory.device_bytes / 1e9:.3f} GB"
+        f"({num_bytes / elapsed_s / 1e9:.1f} GB/s); host memory peak +{memory.host_bytes / 1e9:.3f} GB"
+        + f"; device memory peak {memory.device_bytes / 1e9:.3f} GB"
+        * (fabric.device.type == "cuda")
     )
     return model
 

@@ -8,6 +8,7 @@ import re
 import sys
 import sysconfig
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,10 +33,15 @@ def stdlib_pairs(num_held_out: int, seed: int) -> tuple[list[Pair], list[Pair]]:
 
     No name and no summary occurs twice, so none of the held-out ones is in training.
     """
-    pairs = {pair.summary: pair for pair in {pair.name: pair for pair in _all_pairs()}.values()}
-    shuffled = sorted(pairs.values())
+    shuffled = sorted(_distinct_pairs())
     random.Random(seed).shuffle(shuffled)
     return shuffled[num_held_out:], shuffled[:num_held_out]
+
+
+@cache
+def _distinct_pairs() -> tuple[Pair, ...]:
+    by_name = {pair.name: pair for pair in _all_pairs()}
+    return tuple({pair.summary: pair for pair in by_name.values()}.values())
 
 
 def _all_pairs() -> Iterator[Pair]:

@@ -9,7 +9,14 @@ from litgpt import GPT
 
 from lightning_efficient_init import EfficientInit
 
-SIZES = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_query_groups": 2, "intermediate_size": 96, "padded_vocab_size": 512}
+SIZES = {
+    "n_layer": 2,
+    "n_embd": 64,
+    "n_head": 4,
+    "n_query_groups": 2,
+    "intermediate_size": 96,
+    "padded_vocab_size": 512,
+}
 TINY = ["--accelerator=cpu", "--max-new-tokens=5", *(f"--set={key}={value}" for key, value in SIZES.items())]
 TINY += ["--set=vocab_size=500"]
 
