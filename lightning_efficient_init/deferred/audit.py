@@ -49,7 +49,7 @@ def allocate(groups: dict[Recipe, list[torch.Tensor]]) -> None:
     for recipe, tensors in groups.items():
         storage = memory.get(recipe)
         if storage is None:
-            storage = torch.UntypedStorage(recipe.num_bytes, device=recipe.device)
+            storage = torch.UntypedStorage(recipe.num_bytes, device=recipe.device)  # type: ignore[no-untyped-call]
             refs = [Ref.to(tensor, recipe) for tensor in tensors]
             parameter.give_memory(tensors, storage)
             for tensor, ref in zip(tensors, refs, strict=True):
@@ -83,12 +83,18 @@ def uninitialized_parameters(model: torch.nn.Module) -> list[str]:
 
     Names are those of ``named_parameters()``. One comparison for each device and dtype, whatever the sizes.
     """
-    with torch._C.DisableTorchFunction(), torch.no_grad():
+    return _unwritten(model)[0]
+
+
+def _unwritten(model: torch.nn.Module) -> tuple[list[str], list[str]]:
+    """Names of parameters that nobody has written, and of those that somebody has written in part."""
+    with parameter.undisturbed():
         named = dict(model.named_parameters())
         deferred = {name for name, p in named.items() if p.is_meta and recipe_of(p) is not None}
         names = [name for name, p in named.items() if p.__dict__.get(_RECIPE) is not None and not p.is_meta]
-        empty = dict(zip(names, _intact([named[name] for name in names]), strict=True))
-    return [name for name in named if name in deferred or empty.get(name, False)]
+        intact = dict(zip(names, _intact([named[name] for name in names]), strict=True))
+    whole = [name for name in named if name in deferred or intact.get(name, 0) == 1]
+    return whole, [name for name in named if 0 < intact.get(name, 0) < 1]
 
 
 def watch(model: torch.nn.Module) -> None:
@@ -112,7 +118,7 @@ def watch(model: torch.nn.Module) -> None:
 
     for module in model.modules():
         handles.append((None, module.register_forward_pre_hook(check)))
-        handles.append((module, module.register_state_dict_pre_hook(check)))
+        handles.append((module, module.register_state_dict_pre_hook(check)))  # type: ignore[no-untyped-call]
 
 
 def _is_pending(param: torch.Tensor) -> bool:
@@ -123,16 +129,23 @@ def _is_pending(param: torch.Tensor) -> bool:
 def _audit(model: torch.nn.Module) -> None:
     from lightning_efficient_init.deferred.materialize import initialize  # noqa: PLC0415 (it stands on this module)
 
-    names = initialize(model)
+    whole, part = _unwritten(model)
+    initialize(model, whole)
     for param in model.parameters():
         forget(param)
-    if names:
-        warnings.warn(
-            f"{len(names)} parameters had not been written by a checkpoint or by you at first use, "
-            f"and were initialized as their modules do it: {_shortened(names)}",
-            UninitializedParameterWarning,
-            stacklevel=4,
+    messages = []
+    if whole:
+        messages.append(
+            f"{len(whole)} parameters had not been written by a checkpoint or by you at first use, "
+            f"and were initialized as their modules do it: {_shortened(whole)}."
         )
+    if part:
+        messages.append(
+            f"{len(part)} parameters have been written in part only, and the rest of their memory has undefined "
+            f"values: {_shortened(part)}. Write all of it, or call `initialize` on them before you write."
+        )
+    if messages:
+        warnings.warn(" ".join(messages), UninitializedParameterWarning, stacklevel=4)
 
 
 def _shortened(names: list[str], limit: int = 10) -> str:
@@ -172,10 +185,11 @@ def _batches(kinds: dict[Any, list[torch.Tensor]]) -> list[tuple[list[torch.Tens
     return batches
 
 
-def _intact(tensors: list[torch.Tensor]) -> list[bool]:
+def _intact(tensors: list[torch.Tensor]) -> list[float]:
+    """The share of each tensor's canary that is still there."""
     kinds = _by_kind(tensors)
-    intact: dict[int, bool] = {}
+    intact: dict[int, float] = {}
     for members, (probes, canary) in zip(kinds.values(), _batches(kinds), strict=True):
-        found = torch.stack(probes).eq(canary).all(dim=1).tolist()
+        found = torch.stack(probes).eq(canary).double().mean(dim=1).tolist()
         intact.update(zip(map(id, members), found, strict=True))
     return [intact[id(tensor)] for tensor in tensors]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from lightning_efficient_init.deferred import audit, parameter
+from lightning_efficient_init.deferred import audit, parameter, record
 from lightning_efficient_init.deferred.recipe import Recipe, recipe_of
 from lightning_efficient_init.deferred.replay import evaluate
 from lightning_efficient_init.errors import DeferredParameterError
@@ -47,11 +47,16 @@ def materialize(
         DeferredParameterError: A tensor is on the meta device and has no recipe.
     """
     target = _indexed(device)
-    with torch._C.DisableTorchFunction(), torch.no_grad():
+    with parameter.undisturbed():
         groups = _deferred_groups(module)
-        memory = evaluate(groups, device=target)
-        for recipe, tensors in groups.items():
-            parameter.give_memory(tensors, memory.pop(recipe))
+
+        def deliver(recipe: Recipe, storage: torch.UntypedStorage) -> None:
+            tensors = groups[recipe]
+            parameter.give_memory(tensors, storage)
+            if dtype is not None and all(_is_cast(tensor, dtype) for tensor in tensors):
+                parameter.cast(tensors, dtype)
+
+        evaluate(groups, device=target, deliver=deliver)
         _check_complete(module)
         initialize(module)  # what `allocate` gave memory, and nobody has written
         _move(module, target, dtype)
@@ -65,7 +70,7 @@ def allocate(module: torch.nn.Module, *, names: Iterable[str] | None = None) -> 
         module: A model.
         names: Of parameters, as in ``named_parameters(remove_duplicate=False)``; all unless given.
     """
-    with torch._C.DisableTorchFunction(), torch.no_grad():
+    with parameter.undisturbed():
         audit.allocate(_groups(_chosen(module, names)))
 
 
@@ -81,7 +86,7 @@ def initialize(model: torch.nn.Module, names: Iterable[str] | None = None) -> li
         The names of those that were initialized: a parameter without a recipe is left alone.
     """
     chosen = audit.uninitialized_parameters(model) if names is None else list(names)
-    with torch._C.DisableTorchFunction(), torch.no_grad():
+    with parameter.undisturbed():
         params = _chosen(model, chosen)
         deferred = _groups(params)
         empty = {name: recipe for name, p in params.items() if (recipe := audit.recipe_of_empty(p)) is not None}
@@ -114,11 +119,14 @@ def _groups(params: dict[str, torch.Tensor]) -> dict[Recipe, list[torch.Tensor]]
             continue
         group = groups.setdefault(recipe, {})
         group[id(tensor)] = tensor
-        for ref in recipe.aliases:
-            alias = ref()
-            if alias is not None and recipe_of(alias) is recipe:
-                group[id(alias)] = alias
+        known = [alias for ref in recipe.aliases if (alias := ref()) is not None and recipe_of(alias) is recipe]
+        group |= {id(alias): alias for alias in (*known, *_aliases_being_recorded(recipe))}
     return {recipe: list(group.values()) for recipe, group in groups.items()}
+
+
+def _aliases_being_recorded(recipe: Recipe) -> list[torch.Tensor]:
+    recorder = record.current()
+    return recorder.aliases(recipe) if recorder is not None else []
 
 
 def _deferred_groups(module: torch.nn.Module) -> dict[Recipe, list[torch.Tensor]]:
@@ -140,6 +148,10 @@ def _check_complete(module: torch.nn.Module) -> None:
             "Parameters made under `torch.device('meta')`, or copied from deferred ones by other means than "
             "`copy.deepcopy`, have none: build the module under `deferred_init`."
         )
+
+
+def _is_cast(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    return tensor.is_floating_point() and tensor.dtype != dtype
 
 
 def _move(module: torch.nn.Module, device: torch.device | None, dtype: torch.dtype | None) -> None:

@@ -7,12 +7,16 @@ No mode is active then, so a deferred parameter guards itself: its class is exch
 
 from __future__ import annotations
 
+import gc
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_efficient_init.deferred.recipe import Op, Recipe, Ref, attach, recipe_of
 from lightning_efficient_init.errors import DeferredParameterError
@@ -27,6 +31,19 @@ def exchange(tensor: torch.Tensor, data: torch.Tensor) -> None:
     requires_grad = tensor.requires_grad
     fresh = torch.Tensor._make_subclass(type(tensor), data, requires_grad and _differentiable(data))
     torch._C._swap_tensor_impl(tensor, fresh)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Work of ours that no mode, nor autograd is to see; nor the garbage collector: many objects, no garbage."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
+            yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def give_memory(tensors: Iterable[torch.Tensor], storage: torch.UntypedStorage) -> None:
@@ -48,7 +65,7 @@ def guard(tensor: torch.Tensor) -> None:
 def unguard(tensor: torch.Tensor) -> None:
     """Give a tensor the class back that it was made with."""
     if isinstance(tensor, Guarded):
-        tensor.__class__ = type(tensor)._bare
+        tensor.__class__ = type(tensor)._bare  # type: ignore[assignment]
 
 
 def misuse(tensor: torch.Tensor, what: str) -> DeferredParameterError:
@@ -77,7 +94,7 @@ def path_being_built() -> str:
         frame = frame.f_back  # type: ignore[assignment]
     modules.reverse()
     names = [type(module).__name__ for module in modules[:1]]
-    for parent, child in zip(modules, modules[1:], strict=False):
+    for parent, child in pairwise(modules):
         name = next((n for n, m in parent.__dict__.get("_modules", {}).items() if m is child), None)
         names.append(f".{name}" if name is not None else f" > {type(child).__name__}")
     return "".join(names) or "outside of any module"
@@ -192,7 +209,7 @@ def _load(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise misuse(source, "copied")  # type: ignore[arg-type]
     if source.is_meta:
         return func(*args, **kwargs)
-    torch.broadcast_shapes(target.shape, source.shape)
+    torch.broadcast_shapes(target.shape, source.shape)  # type: ignore[no-untyped-call]
     bind(target)
     return func(*args, **kwargs)
 
@@ -206,6 +223,17 @@ def _set_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             exchange(target, data)  # type: ignore[arg-type]
         return
     func(target, data)
+
+
+def cast(tensors: list[torch.Tensor], dtype: torch.dtype) -> None:
+    """Cast tensors that share memory and are of one dtype, keeping identity and sharing."""
+    with undisturbed():
+        refs = [Ref(Recipe(t.device, 0), dtype, tuple(t.shape), t.stride(), t.storage_offset()) for t in tensors]  # type: ignore[arg-type]
+        storage = tensors[0].untyped_storage()
+        numel = storage.nbytes() // tensors[0].element_size()
+        flat = Ref(refs[0].recipe, tensors[0].dtype, (numel,), (1,), 0).on(storage).to(dtype)
+        for tensor, ref in zip(tensors, refs, strict=True):
+            exchange(tensor, ref.on(flat.untyped_storage()))
 
 
 def remember_alias(tensor: torch.Tensor, alias: torch.Tensor) -> None:
@@ -265,7 +293,15 @@ def _flat(args: Iterable[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
 
 
 _T = torch.Tensor
-_HARMLESS = {"requires_grad_", "retain_grad", "_backward_hooks", "__set__", "__hash__", "untyped_storage"}
+_HARMLESS = {
+    "_has_compatible_shallow_copy_type",
+    "requires_grad_",
+    "retain_grad",
+    "_backward_hooks",
+    "__set__",
+    "__hash__",
+    "untyped_storage",
+}
 _HANDLERS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
     _T.data.__get__: _get_data,  # type: ignore[attr-defined]
     _T.detach: _get_data,

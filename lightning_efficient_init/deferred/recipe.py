@@ -86,12 +86,12 @@ class Ref:
     @staticmethod
     def to(tensor: torch.Tensor, recipe: Recipe) -> Ref:
         """The window that ``tensor`` is."""
-        return Ref(recipe, tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+        return Ref(recipe, tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())  # type: ignore[arg-type]
 
     def on(self, storage: torch.UntypedStorage) -> torch.Tensor:
         """The same window on real memory."""
         empty = torch.empty(0, dtype=self.dtype, device=storage.device)
-        return empty.set_(storage, self.offset, self.size, self.stride)  # type: ignore[call-overload,no-any-return]
+        return empty.set_(storage, self.offset, self.size, self.stride)
 
     @property
     def numel(self) -> int:

@@ -7,7 +7,7 @@ place in their generator's stream through a `Cursor`, so it does not matter whic
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,28 +22,31 @@ aten = torch.ops.aten
 # In-place operations that do not look at what they write on.
 FILLS = {aten.normal_.default, aten.uniform_.default, aten.zero_.default, aten.fill_.Scalar, aten.fill_.Tensor}
 FILLS |= {aten.bernoulli_.float, aten.exponential_.default, aten.log_normal_.default, aten.cauchy_.default}
-FILLS |= {aten.random_.default, aten.random_.to, getattr(aten.random_, "from")}  # noqa: B009 (a keyword)
+FILLS |= {aten.random_.default, aten.random_.to, getattr(aten.random_, "from")}
 FILLS |= {aten.geometric_.default, aten.copy_.default}
 
 
 def evaluate(
-    recipes: Iterable[Recipe], *, before: float = float("inf"), device: torch.device | None = None
+    recipes: Iterable[Recipe],
+    *,
+    device: torch.device | None = None,
+    deliver: Callable[[Recipe, torch.UntypedStorage], None] | None = None,
 ) -> dict[Recipe, torch.UntypedStorage]:
-    """The memory of ``recipes`` as it is ``before`` an operation.
+    """The memory of ``recipes`` with its values. Generators are left as they were.
 
     Args:
         recipes: Whose memory.
-        before: The order of the first operation that is not to count.
         device: Where to run what was recorded for a default device; the recorded device unless given.
+        deliver: Called with each recipe's memory as soon as no other recipe needs it.
 
     Returns:
-        Real storages of ``recipe.num_bytes`` each, on ``device``. Generators are left as they were.
+        Real storages of ``recipe.num_bytes`` each, on ``device``; empty where ``deliver`` takes them.
     """
+    memory: dict[Recipe, torch.UntypedStorage] = {}
     wanted = list(recipes)
-    replay = Replay(device)
-    with replay:
-        replay.run(operations_for(wanted, before), keep=wanted)
-        return {recipe: replay.memory(recipe) for recipe in wanted}
+    with Replay(device) as replay:
+        replay.run(operations_for(wanted), wanted, deliver or memory.__setitem__)
+    return memory
 
 
 class Replay:
@@ -69,19 +72,28 @@ class Replay:
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
-    def run(self, ops: list[Op], *, keep: Iterable[Recipe]) -> None:
-        """Run ``ops``; of the memory they use only that of ``keep`` stays."""
-        expiring = _last_uses(ops, set(keep))
+    def run(
+        self, ops: list[Op], wanted: Iterable[Recipe], deliver: Callable[[Recipe, torch.UntypedStorage], None]
+    ) -> None:
+        """Run ``ops``, free memory with its last use, and deliver that of ``wanted`` instead."""
+        waiting = dict.fromkeys(wanted)
+        expiring = _last_uses(ops)
         for op in ops:
             self._run(op)
             for recipe in expiring.get(op.order, ()):
-                self._memory.pop(recipe, None)
+                storage = self._memory.pop(recipe, None)
+                if recipe in waiting and storage is not None:
+                    del waiting[recipe]
+                    deliver(recipe, storage)
+        for recipe in waiting:  # nothing ever wrote them
+            deliver(recipe, self.memory(recipe))
+            del self._memory[recipe]
 
     def memory(self, recipe: Recipe) -> torch.UntypedStorage:
         """The memory of ``recipe``, allocated at its first use."""
         storage = self._memory.get(recipe)
         if storage is None:
-            storage = torch.UntypedStorage(recipe.num_bytes, device=self._place(recipe.device))
+            storage = torch.UntypedStorage(recipe.num_bytes, device=self._place(recipe.device))  # type: ignore[no-untyped-call]
             self._memory[recipe] = storage
         elif storage.nbytes() < recipe.num_bytes:
             storage.resize_(recipe.num_bytes)
@@ -93,8 +105,10 @@ class Replay:
         replay = Replay(generator.device)
         target = op.args[0].recipe if op.func in FILLS and isinstance(op.args[0], Ref) else None
         reads = [recipe for recipe in op.reads if recipe is not target]
+        inputs: dict[Recipe, torch.UntypedStorage] = {}
         with replay:  # leaves the generator as it found it
-            replay.run(operations_for(reads, op.order), keep=reads)
+            replay.run(operations_for(reads, op.order), reads, inputs.__setitem__)
+        replay._memory = inputs
         with replay:
             replay._call(op, generator)
 
@@ -140,8 +154,9 @@ class Replay:
         for ref, out in zip(op.outs, results, strict=False):
             if ref is None:
                 continue
+            assert (out.dtype, tuple(out.shape)) == (ref.dtype, ref.size), f"{op.func}: not the recorded result"
             if out.stride() != ref.stride or out.storage_offset() != ref.offset:
-                laid_out = ref.on(torch.UntypedStorage(ref.recipe.num_bytes, device=out.device))
+                laid_out = ref.on(torch.UntypedStorage(ref.recipe.num_bytes, device=out.device))  # type: ignore[no-untyped-call]
                 out = laid_out.copy_(out)  # noqa: PLW2901 (the kernel's layout is not the one recorded)
             self._memory[ref.recipe] = out.untyped_storage()
 
@@ -158,12 +173,13 @@ class Replay:
         return device if self._device is None else self._device
 
 
-def _last_uses(ops: list[Op], keep: set[Recipe]) -> dict[int, list[Recipe]]:
+def _last_uses(ops: list[Op]) -> dict[int, list[Recipe]]:
     """Order of an operation to the recipes that nothing needs after it."""
     expiring: dict[int, list[Recipe]] = {}
+    seen: set[Recipe] = set()
     for op in reversed(ops):
         for recipe in (*op.reads, *op.writes):
-            if recipe not in keep:
-                keep.add(recipe)
+            if recipe not in seen:
+                seen.add(recipe)
                 expiring.setdefault(op.order, []).append(recipe)
     return expiring

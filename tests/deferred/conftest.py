@@ -9,6 +9,8 @@ import torch
 
 from lightning_efficient_init.deferred import deferred_init, is_deferred, materialize
 
+_CPU = torch.device("cpu")
+
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
@@ -84,7 +86,7 @@ def assert_same_module(found, expected):
 def same_as_eager():
     """Build eagerly and deferred from one seed; compare values and generators; return both."""
 
-    def check(build, device=torch.device("cpu"), *, all_deferred=True, seed=20):
+    def check(build, device=_CPU, *, all_deferred=True, seed=20):
         torch.manual_seed(seed)
         with building_on(device):
             expected = build()

@@ -52,7 +52,9 @@ def build(device="cpu", seed=0):
 
 def assert_same(found, expected):
     assert list(found.state_dict()) == list(expected.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), expected.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(found.state_dict().values(), expected.state_dict().values(), strict=True)
+    )
 
 
 def test_empty_init_gives_memory_and_keeps_ties_identity_and_requires_grad(device):
@@ -113,7 +115,7 @@ def _fill(found, state):
 
 def _numpy(found, state):
     for name, p in found.named_parameters():
-        p.detach().cpu().numpy()[...] = state[name].cpu()
+        p.detach().numpy()[...] = state[name].numpy()
 
 
 @pytest.mark.parametrize("write", [_load, _assign, _copy, _data_copy, _data, _index, _fill])
@@ -164,6 +166,28 @@ def test_first_use_initializes_what_nobody_wrote_and_warns_once(use, device):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         use(found, device)
+
+
+def test_a_parameter_written_in_part_is_reported():
+    found, expected = build()
+    state = expected.state_dict()
+    found.load_state_dict(
+        {k: v for k, v in state.items() if k not in ("embedding.weight", "head.weight")}, strict=False
+    )
+    found.embedding.weight.data[:10] = 1
+    watch(found)
+    with pytest.warns(UninitializedParameterWarning, match="1 parameters have been written in part only.*embedding"):
+        found(torch.arange(5))
+
+
+def test_allocating_inside_a_recording_keeps_aliases():
+    with deferred_init():
+        layer = nn.Linear(4, 4)
+        view = layer.weight.data.view(-1)
+        allocate(layer)
+        assert not layer.weight.is_meta
+    initialize(layer)
+    assert torch.equal(view, layer.weight.view(-1))
 
 
 def test_a_deferred_model_is_initialized_at_first_use_too():
@@ -237,7 +261,7 @@ def test_allocate_takes_names_and_forget_drops_recipes():
 
 def test_an_exception_allocates_nothing():
     models = []
-    with pytest.raises(ZeroDivisionError), empty_init():
+    with pytest.raises(ZeroDivisionError), empty_init():  # noqa: PT012
         models.append(Net())
         raise ZeroDivisionError
     assert is_deferred(models[0])

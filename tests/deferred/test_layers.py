@@ -62,7 +62,7 @@ LAYERS = _layers_with_parameters()
 
 def test_the_enumeration_finds_the_layers_we_know():
     known = {"Linear", "Conv1d", "ConvTranspose3d", "LSTM", "GRUCell", "BatchNorm2d", "InstanceNorm1d", "Embedding"}
-    assert len(LAYERS) > 30
+    assert len(LAYERS) >= 30
     assert known - {"InstanceNorm1d"} <= set(LAYERS)
 
 

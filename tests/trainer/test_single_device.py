@@ -116,7 +116,7 @@ def test_a_module_may_override_load_state_dict(checkpoint):
 
 def test_a_checkpoint_of_bare_weights_is_refused_with_what_to_do(tmp_path):
     torch.save(Regression().state_dict(), tmp_path / "a.pth")
-    with pytest.raises(UnsupportedCheckpointError, match="expected a Lightning checkpoint.*load_checkpoint"):
+    with pytest.raises(UnsupportedCheckpointError, match=r"expected a Lightning checkpoint.*load_checkpoint"):
         our_trainer().validate(Regression(), loader(), ckpt_path=tmp_path / "a.pth")
 
 

@@ -1,4 +1,4 @@
-"""A LLaMA as one finds it: plain ``torch.nn``, no ``reset_parameters``, initialized through ``apply``."""
+"""A LLaMA as one finds it: no ``reset_parameters``, initialized through ``apply``. And a model of many small layers."""
 
 from __future__ import annotations
 
@@ -103,11 +103,6 @@ class LLaMA(nn.Module):
         self.register_buffer("rope", _rope(size), persistent=False)
         self.apply(self._init_weights)
 
-    @classmethod
-    def from_name(cls, name: str) -> LLaMA:
-        """A model of one of the ``SIZES``."""
-        return cls(SIZES[name])
-
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
             torch.nn.init.normal_(module.weight, mean=0.0, std=0.02 / math.sqrt(2 * self.size.num_layers))
@@ -131,3 +126,10 @@ def _rope(size: Size) -> Tensor:
 def _rotate(x: Tensor, rope: Tensor) -> Tensor:
     pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * rope).flatten(-2).type_as(x)
+
+
+def build(name: str) -> nn.Module:
+    """A LLaMA of one of the ``SIZES``, or ``"many"``: 10,000 small tensors."""
+    if name == "many":
+        return nn.ModuleList(nn.ModuleList(nn.Linear(16, 16) for _ in range(50)) for _ in range(100))
+    return LLaMA(SIZES[name])

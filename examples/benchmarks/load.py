@@ -1,7 +1,8 @@
-"""Builds a LLaMA and loads a checkpoint, in Lightning's ways and in ours; time and memory of each.
+"""Builds a model and loads a checkpoint, in Lightning's ways and in ours; time and memory of each.
 
-    python examples/benchmarks/load_7b.py                 # 7B on a GPU; needs 41 GB of disk, and memory to cache it
-    python examples/benchmarks/load_7b.py --model tiny    # the same on anything
+    python examples/benchmarks/load.py                 # 7B on a GPU; needs 41 GB of disk, and memory to cache it
+    python examples/benchmarks/load.py --model tiny    # the same on anything
+    python examples/benchmarks/load.py --model many    # 10,000 small tensors
 
 Every row runs in a fresh process; the rounds are interleaved. The files were written just before, so they are in the
 page cache. The clock starts with CUDA initialized and libraries imported, and stops when the model is complete on the
@@ -20,14 +21,13 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.fabric.utilities.load import _lazy_load
-from llama import LLaMA
+from models import SIZES, build
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -47,14 +47,14 @@ class Module(L.LightningModule):
     def __init__(self, name: str) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.model = LLaMA.from_name(name)
+        self.model = build(name)
 
 
 def build_files(name: str, folder: Path) -> None:
     """Write the same random weights as ``.pth``, as three safetensors shards, and as a Lightning checkpoint."""
     with DEVICE, torch.random.fork_rng(devices=[]):
         torch.set_default_dtype(torch.bfloat16)
-        model = LLaMA.from_name(name).cpu()
+        model = build(name).cpu()
         torch.set_default_dtype(torch.float32)
     weights = model.state_dict()
     torch.save(weights, folder / "llama.pth")
@@ -100,7 +100,7 @@ ROWS: dict[str, Row] = {}
 
 
 def row(title: str) -> Callable[[Row], Row]:
-    """Register a way to build and load. It yields once when it is set up and again with the model."""
+    """Register a way to build and load. It yields when it is set up, when the model is built, and with the model."""
 
     def register(function: Row) -> Row:
         ROWS[title] = function
@@ -114,7 +114,8 @@ def _(name: str, folder: Path) -> Iterator[nn.Module | None]:
     fabric = stock_fabric()
     yield None
     with fabric.init_module(empty_init=True):
-        model = LLaMA.from_name(name)
+        model = build(name)
+    yield None
     fabric.load_raw(folder / "llama.pth", model)
     yield model
 
@@ -124,7 +125,8 @@ def _(name: str, folder: Path) -> Iterator[nn.Module | None]:
     fabric = stock_fabric()
     yield None
     with fabric.init_module(empty_init=True):
-        model = LLaMA.from_name(name)
+        model = build(name)
+    yield None
     state = {key: value._load_tensor() for key, value in _lazy_load(folder / "llama.pth").items()}
     model.load_state_dict(state)
     yield model
@@ -135,7 +137,8 @@ def _(name: str, folder: Path) -> Iterator[nn.Module | None]:
     fabric = stock_fabric()
     yield None
     with fabric.init_module(empty_init=True):
-        model = LLaMA.from_name(name)
+        model = build(name)
+    yield None
     model.load_state_dict(torch.load(folder / "llama.pth", mmap=True))
     yield model
 
@@ -145,7 +148,8 @@ def _(name: str, folder: Path) -> Iterator[nn.Module | None]:
     fabric = our_fabric()
     yield None
     with fabric.init_module(empty_init=True):
-        model = LLaMA.from_name(name)
+        model = build(name)
+    yield None
     fabric.load_raw(folder / "llama.pth", model)
     yield model
 
@@ -155,7 +159,8 @@ def _(name: str, folder: Path) -> Iterator[nn.Module | None]:
     fabric = our_fabric()
     yield None
     with fabric.init_module(empty_init=True):
-        model = LLaMA.from_name(name)
+        model = build(name)
+    yield None
     fabric.load_raw(folder / "sharded", model)
     yield model
 
@@ -184,14 +189,18 @@ def measure(title: str, name: str, folder: Path, *, check: bool) -> dict[str, An
         torch.zeros(1, device=DEVICE)
     steps = ROWS[title](name, folder)
     next(steps)
-    with PeakMemory([DEVICE], in_background=True) as memory, _stopwatch() as seconds:
-        model = next(steps)
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
+    marks = [time.perf_counter()]
+    with PeakMemory([DEVICE], in_background=True) as memory:
+        for step in steps:
+            model = step
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+            marks.append(time.perf_counter())
     assert model is not None
     result = {
         "title": title,
-        "seconds": seconds[0],
+        "seconds": marks[-1] - marks[0],
+        "load_seconds": marks[-1] - marks[-2],
         "device": str(next(model.parameters()).device),
         "device_bytes": torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0,
         "host_bytes": memory.host_bytes,
@@ -210,14 +219,6 @@ def is_equal(model: nn.Module, weights: dict[str, torch.Tensor]) -> bool:
     )
 
 
-@contextmanager
-def _stopwatch() -> Iterator[list[float]]:
-    seconds: list[float] = []
-    started = time.perf_counter()
-    yield seconds
-    seconds.append(time.perf_counter() - started)
-
-
 def run_row(title: str, name: str, folder: Path, *, check: bool) -> dict[str, Any]:
     """Run one row in a fresh process."""
     command = [sys.executable, __file__, "--model", name, "--folder", str(folder), "--row", title]
@@ -229,29 +230,40 @@ def print_table(results: dict[str, list[dict[str, Any]]], name: str) -> None:
     """Median of each row, with the range of its rounds."""
     weights = next(iter(results.values()))[0]["weight_bytes"]
     machine = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
-    table = Table(title=f"LLaMA {name}, bf16, {weights / 1e9:.2f} GB; {machine}, torch {torch.__version__}")
-    for heading in ("way", "seconds", "range", "GB/s", "device peak, GB", "host growth, GB", "ends on", "equal"):
+    table = Table(title=f"{name}, bf16, {weights / 1e9:.3f} GB; {machine}, torch {torch.__version__}")
+    for heading in (
+        "way",
+        "seconds",
+        "range",
+        "of it, loading",
+        "GB/s",
+        "device peak, GB",
+        "host growth, GB",
+        "ends on",
+        "equal",
+    ):
         table.add_column(heading)
     for title, rounds in results.items():
         seconds = [r["seconds"] for r in rounds]
         median = statistics.median(seconds)
         table.add_row(
             title,
-            f"{median:.2f}",
-            f"{min(seconds):.2f}-{max(seconds):.2f}",
+            f"{median:.3f}",
+            f"{min(seconds):.3f}-{max(seconds):.3f}",
+            f"{statistics.median(r['load_seconds'] for r in rounds):.3f}",
             f"{weights / median / 1e9:.1f}",
             f"{max(r['device_bytes'] for r in rounds) / 1e9:.2f}",
             f"{max(r['host_bytes'] for r in rounds) / 1e9:.2f}",
             rounds[0]["device"],
             str(rounds[0]["is_equal"]),
         )
-    Console(width=160).print(table)
+    Console(width=180).print(table)
 
 
 def main() -> None:
     """Measure all rows, or one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="7B", choices=["tiny", "1B", "7B"])
+    parser.add_argument("--model", default="7B", choices=[*SIZES, "many"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="run only the rows whose title contains this")
     parser.add_argument("--folder", type=Path, help="where the files are, or go; by default a temporary folder")

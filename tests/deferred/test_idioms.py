@@ -1,0 +1,198 @@
+"""Idioms of constructors in the wild, each the same as in eager construction."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize, prune
+
+
+def holder(**values):
+    module = nn.Module()
+    for name, value in values.items():
+        setattr(module, name, value)
+    return module
+
+
+def old_weight_norm():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.utils.weight_norm(nn.Linear(5, 6))
+
+
+def pruned():
+    layer = nn.Linear(6, 7)
+    prune.l1_unstructured(layer, "weight", 0.3)
+    prune.random_unstructured(layer, "bias", 0.3)
+    return layer
+
+
+def shared_memory():
+    first = nn.Parameter(torch.zeros(3, 4))
+    module = holder(a=first, b=nn.Parameter(first.data), c=nn.Parameter(first.data[1]))
+    nn.init.normal_(module.a)
+    module.c.data.fill_(2)
+    return module
+
+
+def from_vector():
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
+    vector = nn.utils.parameters_to_vector(model.parameters())
+    nn.utils.vector_to_parameters(vector.detach() * 2, model.parameters())
+    return model
+
+
+def moving_average():
+    model = nn.Linear(4, 5)
+    average = copy.deepcopy(model).requires_grad_(False)
+    for a, p in zip(average.parameters(), model.parameters(), strict=True):
+        a.data.mul_(0.9).add_(p.data, alpha=0.1)
+    return nn.ModuleList([model, average])
+
+
+class Symmetric(nn.Module):
+    def forward(self, x):
+        return x.triu() + x.triu(1).transpose(-1, -2)
+
+    def right_inverse(self, x):
+        return x.triu()
+
+
+def custom_parametrization():
+    layer = nn.Linear(4, 4)
+    parametrize.register_parametrization(layer, "weight", Symmetric())
+    return layer
+
+
+def data_dependent():
+    layer = nn.Linear(6, 7)
+    with torch.no_grad():
+        weight = layer.weight
+        weight[weight < 0] = 0
+        weight[torch.rand(7, 6, device=weight.device) < 0.2] = 5
+        rows = (weight.sum(1) > 1).nonzero().flatten()
+        weight[rows] *= 2
+        while weight.abs().max() > 1:
+            weight /= 2
+    return layer
+
+
+def writes_into_real_memory():
+    table = torch.zeros(4, 6)
+    table[:2] = torch.randn(2, 6)
+    table[2].normal_()
+    module = holder(weight=nn.Parameter(table.clone()), out=torch.empty(3))
+    module.register_buffer("table", table)
+    torch.randn(3, out=module.out)
+    return module
+
+
+def old_constructors():
+    module = holder(
+        a=nn.Parameter(torch.Tensor(3, 4).uniform_(-1, 1)),
+        b=nn.Parameter(torch.FloatTensor(5).normal_()),
+        c=nn.Parameter(torch.Tensor([1.0, 2.0])),
+    )
+    module.d = nn.Parameter(module.a.new(2, 3).zero_())
+    module.e = nn.Parameter(module.a.data.new_tensor([3.0, 4.0]))
+    return module
+
+
+def recurrent_matrix():
+    layer = nn.LSTM(4, 6)
+    for name, param in layer.named_parameters():
+        if "weight_hh" in name:
+            for gate in param.data.chunk(4, 0):
+                nn.init.orthogonal_(gate)
+        elif "bias" in name:
+            param.data.zero_()
+            param.data[6:12].fill_(1)
+    return layer
+
+
+def scaled_by_depth():
+    layers = nn.ModuleList([nn.Linear(20, 20) for _ in range(4)])
+    for index, layer in enumerate(layers):
+        nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * (index + 1)))
+        layer.weight.data.div_(math.sqrt(2.0 * (index + 1)))
+    return layers
+
+
+class MeasuresItself(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(), nn.Flatten())
+        width = self.features(torch.zeros(2, 3, 8, 8)).shape[1]
+        self.head = nn.Linear(width, 4)
+        self.recurrent = nn.LSTM(4, 5, num_layers=2, dropout=0.5)
+        self.state = self.recurrent(torch.ones(3, 1, 4))[0].detach()
+        self.attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.seen = self.attention(torch.ones(1, 3, 8)).detach()
+        self.scale = self.features(torch.ones(2, 3, 8, 8)).std().item()
+
+
+IDIOMS = {
+    "a forward to measure itself": MeasuresItself,
+    "weight_norm of old": old_weight_norm,
+    "pruned": pruned,
+    "parameters that share memory": shared_memory,
+    "parameters from a vector": from_vector,
+    "moving average": moving_average,
+    "custom parametrization": custom_parametrization,
+    "writes into real memory": writes_into_real_memory,
+    "recurrent matrix": recurrent_matrix,
+    "scaled by depth": scaled_by_depth,
+    "row of a factory": lambda: holder(w=nn.Parameter(torch.randn(4, 30)[1])),
+    "transposed factory": lambda: holder(w=nn.Parameter(torch.randn(4, 30).t())),
+    "stacked": lambda: holder(w=nn.Parameter(torch.stack([torch.randn(3) for _ in range(4)]))),
+    "expanded": lambda: holder(w=nn.Parameter(torch.ones(3, 1).expand(3, 4).clone())),
+    "sorted": lambda: holder(w=nn.Parameter(torch.sort(torch.rand(20))[0]), i=torch.sort(torch.rand(5))[1]),
+    "decomposed": lambda: holder(w=nn.Parameter(torch.linalg.svd(torch.randn(5, 4), full_matrices=False)[0])),
+    "complex": lambda: holder(
+        w=nn.Parameter(torch.randn(20, dtype=torch.cfloat)), v=torch.view_as_real(torch.randn(2, dtype=torch.cfloat))
+    ),
+    "bernoulli of a tensor": lambda: holder(w=nn.Parameter(torch.bernoulli(torch.full((5, 6), 0.3)))),
+    "normal of tensors": lambda: holder(w=nn.Parameter(torch.normal(torch.arange(6.0), torch.ones(6)))),
+    "cast data": lambda: holder(w=nn.Parameter(torch.randn(20).half())),
+    "poisson and gamma": lambda: holder(
+        w=nn.Parameter(torch.poisson(torch.ones(9) * 4)), g=torch._standard_gamma(torch.ones(4))
+    ),
+    "distribution": lambda: holder(w=nn.Parameter(torch.distributions.Uniform(-1, 1).sample((3, 4)))),
+    "einsum": lambda: holder(w=nn.Parameter(torch.einsum("ij,jk->ik", torch.randn(3, 4), torch.eye(4)))),
+    "roll and flip": lambda: holder(w=nn.Parameter(torch.randn(3, 20).roll(1, 1).flip(0))),
+    "fourier": lambda: holder(w=nn.Parameter(torch.fft.rfft(torch.randn(16)).abs())),
+    "cumulative": lambda: holder(w=nn.Parameter(torch.rand(9).cumsum(0)), b=torch.rand(9).argsort()),
+    "nested lists": lambda: holder(x=[{"a": torch.rand(3)}, (torch.zeros(2), [torch.randn(20)])]),
+    "requires_grad of a plain tensor": lambda: holder(x=torch.randn(5, requires_grad=True)),
+}
+
+
+@pytest.mark.parametrize("idiom", IDIOMS)
+def test_an_idiom_is_the_same(idiom, device, same_as_eager):
+    same_as_eager(IDIOMS[idiom], device)
+
+
+@pytest.mark.parametrize("build", [data_dependent, old_constructors], ids=lambda f: f.__name__)
+def test_an_idiom_is_the_same_if_some_parameters_stay_real(build, same_as_eager):
+    same_as_eager(build, all_deferred=False)
+
+
+def test_lazy_modules_are_initialized_by_their_first_forward():
+    from lightning_efficient_init.deferred import deferred_init, materialize
+
+    torch.manual_seed(0)
+    expected = nn.Sequential(nn.Linear(3, 4), nn.LazyLinear(5))
+    torch.manual_seed(0)
+    with deferred_init():
+        found = nn.Sequential(nn.Linear(3, 4), nn.LazyLinear(5))
+    materialize(found)
+    state = torch.get_rng_state()
+    found(torch.ones(2, 3))
+    torch.set_rng_state(state)
+    expected(torch.ones(2, 3))
+    assert torch.equal(found[1].weight, expected[1].weight)
