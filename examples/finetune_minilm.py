@@ -151,7 +151,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--accelerator", default="auto", help="cpu, cuda, or auto (default)")
     parser.add_argument("--precision", default="32-true", help="as for EfficientInit (default: 32-true)")
-    parser.add_argument("--max-steps", type=int, default=30)
+    parser.add_argument("--max-steps", type=int, default=50)
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=24, help="longer texts are cut")
@@ -186,6 +186,8 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # what Lightning 2.6 itself does with torch 2.13
+    warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
     # tokenizing these few texts takes less time than starting processes for it
     warnings.filterwarnings("ignore", ".*does not have many workers", PossibleUserWarning)
     main()
