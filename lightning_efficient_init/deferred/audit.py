@@ -105,20 +105,26 @@ def watch(model: torch.nn.Module) -> None:
     """
     if not any(_is_pending(param) for param in model.parameters()):
         return
-    handles: list[tuple[torch.nn.Module | None, Any]] = []
+    forward_hooks: list[Any] = []
+    saving_hooks: dict[torch.nn.Module, Any] = {}
 
-    def check(caller: torch.nn.Module, *_: Any) -> None:
-        if not handles:
+    def audit(*_: Any, saving: torch.nn.Module | None = None) -> None:
+        if not forward_hooks:
             return
-        for module, handle in handles:
-            if module is not caller:  # torch is iterating over the caller's own: that one stays, and does nothing
+        while forward_hooks:
+            forward_hooks.pop().remove()
+        for module, handle in saving_hooks.items():
+            # torch iterates over the hooks of the module that is being saved: one in the middle stays, and does nothing
+            if module is not saving or next(reversed(module._state_dict_pre_hooks)) == handle.id:
                 handle.remove()
-        handles.clear()
         _audit(model)
 
+    def audit_before_saving(module: torch.nn.Module, *_: Any) -> None:
+        audit(saving=module)
+
     for module in model.modules():
-        handles.append((None, module.register_forward_pre_hook(check)))
-        handles.append((module, module.register_state_dict_pre_hook(check)))  # type: ignore[no-untyped-call]
+        forward_hooks.append(module.register_forward_pre_hook(audit))
+        saving_hooks[module] = module.register_state_dict_pre_hook(audit_before_saving)  # type: ignore[no-untyped-call]
 
 
 def _is_pending(param: torch.Tensor) -> bool:

@@ -47,6 +47,8 @@ SLOTS_PER_THREAD = 2
 MIN_HOST_BUFFER_BYTES = 64 << 10
 POLL_S = 0.02
 _IOV_MAX = 1024
+_MANY_PIECES = 8
+_ALIGNMENT = 64  # no element is larger, and CUDA copies from here at full speed
 _HUGE_PAGE_BYTES = 2 << 20
 
 
@@ -114,7 +116,7 @@ class _Pipeline:
     def __init__(self, device: torch.device, segments: Sequence[Segment], settings: Settings) -> None:
         threads, slot_bytes = _divide(settings)
         self.device = device
-        self.reads = plan_reads(segments, slot_bytes - PAGE_BYTES)
+        self.reads = plan_reads(segments, slot_bytes - 2 * PAGE_BYTES)  # room to align a read in its slot
         self.num_bytes = sum(read.num_bytes for read in self.reads)
         needs_ring = device.type != "cpu" or not all(segment.is_raw for segment in segments)
         num_lanes = max(1, min(threads, len(self.reads)))
@@ -231,7 +233,7 @@ class _Lane:
         if _is_disjoint(read.pieces):
             self._scatter(read)
         else:
-            self._distribute(read)
+            self._read_then_copy(read)
         self.bytes_read += read.num_bytes
 
     def _scatter(self, read: Read) -> None:
@@ -243,7 +245,7 @@ class _Lane:
             position = piece.start + piece.num_bytes
         self._fill(buffers, read)
 
-    def _distribute(self, read: Read) -> None:
+    def _read_then_copy(self, read: Read) -> None:
         """Several segments want the same bytes: read them once, copy them to each."""
         buffer = torch.empty(read.num_bytes, dtype=torch.uint8)
         self._fill([_memory(buffer, 0, read.num_bytes)], read)
@@ -294,8 +296,9 @@ class _Lane:
 class _StagedLane(_Lane):
     """A lane that reads into slots and copies from there, casting if need be."""
 
-    def __init__(self, whole: torch.Tensor, slots: list[_Slot]) -> None:
+    def __init__(self, device: torch.device, whole: torch.Tensor, slots: list[_Slot]) -> None:
         super().__init__()
+        self._device = device
         self._whole = whole
         self._slots = slots
         self._turn = 0
@@ -307,8 +310,14 @@ class _StagedLane(_Lane):
         slot, start = self._slots[self._turn], read.offset % PAGE_BYTES
         self._wait_for_slot()
         self._fill([slot.memory(start, read.num_bytes)], read)
-        for piece in read.pieces:
-            _copy(slot.view(start + piece.start, piece.num_bytes), piece, non_blocking=True)
+        if len(read.pieces) < _MANY_PIECES:
+            for piece in read.pieces:
+                _copy(slot.view(start + piece.start, piece.num_bytes), piece, non_blocking=True)
+        else:
+            lead = start % _ALIGNMENT
+            num_bytes = -(-(lead + read.num_bytes) // _ALIGNMENT) * _ALIGNMENT
+            raw = slot.view(start - lead, num_bytes).to(self._device, non_blocking=True)
+            _distribute(raw, lead, read.pieces)
         self._release_slot()
         self.bytes_read += read.num_bytes
 
@@ -323,7 +332,7 @@ class _CudaLane(_StagedLane):
     """A staged lane with pinned slots, a stream of its own, and an event per slot that says when it is free again."""
 
     def __init__(self, device: torch.device, whole: torch.Tensor, slots: list[_Slot]) -> None:
-        super().__init__(whole, slots)
+        super().__init__(device, whole, slots)
         self._stream = torch.cuda.Stream(device)
         self._stream.wait_stream(torch.cuda.current_stream(device))
         self._events = [torch.cuda.Event() for _ in slots]
@@ -354,7 +363,7 @@ def _lane(device: torch.device, ring: _Ring | None, number: int) -> _Lane:
         return _Lane()
     if device.type == "cuda":
         return _CudaLane(device, *ring.part(number))
-    return _StagedLane(*ring.part(number))
+    return _StagedLane(device, *ring.part(number))
 
 
 _ATTEMPTS = 4
@@ -393,19 +402,59 @@ def _read_fully(fd: int, buffers: list[memoryview], offset: int) -> None:
 
 
 def _copy(raw: torch.Tensor, piece: Piece, *, non_blocking: bool) -> None:
-    """Copy one piece from the host to its segment's destination."""
+    """Copy one piece, bytes on the host or on the device, to its segment's destination."""
     segment = piece.segment
     if segment.is_raw:
         dest = segment.dest.view(torch.uint8)[piece.segment_start : piece.segment_start + piece.num_bytes]
         dest.copy_(raw, non_blocking=non_blocking)
-        return
-    itemsize = segment.dtype.itemsize
-    first = piece.segment_start // itemsize
-    dest = segment.dest[first : first + piece.num_bytes // itemsize]
-    dest.copy_(raw.to(dest.device, non_blocking=non_blocking).view(segment.dtype))
+    else:
+        dest = _destination(piece)
+        dest.copy_(raw.to(dest.device, non_blocking=non_blocking).view(segment.dtype))
+
+
+def _distribute(raw: torch.Tensor, lead: int, pieces: Sequence[Piece]) -> None:
+    """Copy many pieces out of bytes that are on their device already, with one operation for all of a kind.
+
+    Args:
+        raw: The bytes of a read, as aligned as they are in the file.
+        lead: Where in ``raw`` the read starts.
+        pieces: The parts of the read.
+    """
+    kinds: dict[tuple[torch.dtype, torch.dtype], list[Piece]] = defaultdict(list)
+    for piece in pieces:
+        segment = piece.segment
+        if segment.offset % segment.dtype.itemsize:
+            _copy(raw[lead + piece.start : lead + piece.start + piece.num_bytes], piece, non_blocking=True)
+        else:
+            kinds[segment.dtype, segment.dest.dtype].append(piece)
+    for (dtype, _), members in kinds.items():
+        sources = _windows(raw.view(dtype), lead, members)
+        torch._foreach_copy_([_destination(piece) for piece in members], sources)
+
+
+def _windows(typed: torch.Tensor, lead: int, pieces: Sequence[Piece]) -> list[torch.Tensor]:
+    """What each piece is in ``typed``: cut in one go if they do not overlap."""
+    itemsize = typed.dtype.itemsize
+    spans = [((lead + piece.start) // itemsize, piece.num_bytes // itemsize) for piece in pieces]
+    if not _is_disjoint(pieces):
+        return [typed.narrow(0, start, length) for start, length in spans]
+    sizes, position = [], 0
+    for start, length in spans:
+        sizes += [start - position, length]
+        position = start + length
+    return list(typed.split([*sizes, len(typed) - position])[1::2])
+
+
+def _destination(piece: Piece) -> torch.Tensor:
+    """The elements that a piece is for."""
+    dest, itemsize = piece.segment.dest, piece.segment.dtype.itemsize
+    if piece.num_bytes == piece.segment.num_bytes:
+        return dest
+    return dest.narrow(0, piece.segment_start // itemsize, piece.num_bytes // itemsize)
 
 
 def _is_disjoint(pieces: Sequence[Piece]) -> bool:
+    """Whether no byte belongs to two of the pieces, which are in the order of their segments."""
     return all(a.start + a.num_bytes <= b.start for a, b in itertools.pairwise(pieces))
 
 
