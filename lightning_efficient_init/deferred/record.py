@@ -273,7 +273,7 @@ class Recorder:
 
     # -- operations
 
-    def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: PLR0911
+    def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run or record one operation."""
         if func in FILLS and len(args) <= _MOST_NUMBERS and (recipe := self._filled(args)) is not None:
             return self._fill(func, args, kwargs, recipe)
@@ -386,7 +386,7 @@ class Recorder:
         self._note(op, None if self.paused else reads, args, kwargs, out)
         return out
 
-    def _deferred(  # noqa: PLR0911
+    def _deferred(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor]
     ) -> Any:
         """An operation on deferred tensors."""

@@ -94,10 +94,16 @@ def transfer(segments: Sequence[Segment], settings: Settings, on_tick: Callable[
     for segment in segments:
         by_device[segment.dest.device].append(segment)
     done = 0
+    written: list[str] = []
     for device, group in by_device.items():
         pipeline = _Pipeline(device, group, settings)
-        pipeline.run(on_tick and partial(_tick_from, on_tick, done))
+        try:
+            pipeline.run(on_tick and partial(_tick_from, on_tick, done))
+        except CheckpointError as error:
+            error.add_written([*written, *error.written])
+            raise
         done += pipeline.num_bytes
+        written += dict.fromkeys(segment.name for segment in group)
     return done
 
 
@@ -149,7 +155,7 @@ class _Pipeline:
                 raise
 
     def _work(self, lane: _Lane) -> None:
-        with lane:
+        with torch.inference_mode(), lane:  # which may write to inference tensors as well as to others
             while not self._stop.is_set():
                 try:
                     read = self._waiting.get_nowait()
@@ -177,10 +183,9 @@ class _Ring:
 
     def __init__(self, num_slots: int, slot_bytes: int) -> None:
         self._slot_bytes = slot_bytes
+        self._map = mmap.mmap(-1, num_slots * slot_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         # huge pages take half the time to pin: 0.05 s instead of 0.10 s for 256 MiB on an H100 machine
-        num_bytes = -(-num_slots * slot_bytes // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
-        self._map = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
+        if hasattr(mmap, "MADV_HUGEPAGE") and slot_bytes >= _HUGE_PAGE_BYTES:
             self._map.madvise(mmap.MADV_HUGEPAGE)
 
     def part(self, lane: int) -> tuple[torch.Tensor, list[_Slot]]:
@@ -283,7 +288,7 @@ class _Lane:
     def _open(self, file: str) -> int:
         if self._file != file:
             self._close()
-            self._fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             self._file = file
         return self._fd
 
@@ -303,7 +308,6 @@ class _StagedLane(_Lane):
         self._slots = slots
         self._turn = 0
 
-    @torch.no_grad()
     def load(self, read: Read) -> None:
         """Read into the slot whose turn it is, from where elements are as aligned as they are in the file."""
         self._turn = (self._turn + 1) % SLOTS_PER_THREAD
