@@ -42,8 +42,8 @@ class _Kept:
 
 
 def allocate(groups: dict[Recipe, list[torch.Tensor]]) -> None:
-    """Give deferred tensors, by recipe, memory with a canary; what cannot hold a canary gets its values."""
-    valued = [recipe for recipe, tensors in groups.items() if not all(_can_be_empty(t) for t in tensors)]
+    """Give deferred tensors, by recipe, memory with a canary, or values if they were loaded or cannot hold one."""
+    valued = [r for r, tensors in groups.items() if r.is_loaded or not all(_can_be_empty(t) for t in tensors)]
     memory = evaluate(valued)
     empty: list[torch.Tensor] = []
     for recipe, tensors in groups.items():

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from lightning_efficient_init.deferred import audit, parameter, record
+from lightning_efficient_init.deferred import audit, parameter, record, recurrent
 from lightning_efficient_init.deferred.recipe import Recipe, recipe_of
 from lightning_efficient_init.deferred.replay import evaluate
 from lightning_efficient_init.errors import DeferredParameterError
@@ -49,6 +49,7 @@ def materialize(
     target = _indexed(device)
     with parameter.undisturbed():
         groups = _deferred_groups(module)
+        layers = recurrent.scattered(module.modules())
 
         def deliver(recipe: Recipe, storage: torch.UntypedStorage) -> None:
             tensors = groups[recipe]
@@ -60,6 +61,7 @@ def materialize(
         _check_complete(module)
         initialize(module)  # what `allocate` gave memory, and nobody has written
         _move(module, target, dtype)
+        recurrent.flatten(layers)
     return module
 
 
@@ -71,7 +73,9 @@ def allocate(module: torch.nn.Module, *, names: Iterable[str] | None = None) -> 
         names: Of parameters, as in ``named_parameters(remove_duplicate=False)``; all unless given.
     """
     with parameter.undisturbed():
+        layers = recurrent.scattered(module.modules())
         audit.allocate(_groups(_chosen(module, names)))
+        recurrent.flatten(layers)
 
 
 def initialize(model: torch.nn.Module, names: Iterable[str] | None = None) -> list[str]:
@@ -88,6 +92,7 @@ def initialize(model: torch.nn.Module, names: Iterable[str] | None = None) -> li
     chosen = audit.uninitialized_parameters(model) if names is None else list(names)
     with parameter.undisturbed():
         params = _chosen(model, chosen)
+        layers = recurrent.scattered(model.modules())
         deferred = _groups(params)
         empty = {name: recipe for name, p in params.items() if (recipe := audit.recipe_of_empty(p)) is not None}
         done = [name for name, p in params.items() if name in empty or is_deferred(p)]
@@ -96,6 +101,7 @@ def initialize(model: torch.nn.Module, names: Iterable[str] | None = None) -> li
             parameter.give_memory(tensors, memory[recipe])
         for name, recipe in empty.items():
             audit.fill(params[name], recipe, memory[recipe])
+        recurrent.flatten(layers)
     return done
 
 

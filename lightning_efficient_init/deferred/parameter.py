@@ -209,7 +209,7 @@ def _load(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise misuse(source, "copied")  # type: ignore[arg-type]
     if source.is_meta:
         return func(*args, **kwargs)
-    torch.broadcast_shapes(target.shape, source.shape)  # type: ignore[no-untyped-call]
+    check_copy(target, source)
     bind(target)
     return func(*args, **kwargs)
 
@@ -248,14 +248,27 @@ def remember_alias(tensor: torch.Tensor, alias: torch.Tensor) -> None:
 
 
 def bind(tensor: torch.Tensor) -> None:
-    """Give ``tensor`` and its aliases memory and values."""
-    from lightning_efficient_init.deferred.replay import evaluate  # noqa: PLC0415
-
+    """Give ``tensor``, which is about to be overwritten, and its aliases memory."""
     recipe = recipe_of(tensor)
     assert recipe is not None
     living = [t for ref in recipe.aliases if (t := ref()) is not None and recipe_of(t) is recipe]
-    storage = evaluate([recipe])[recipe]
+    storage = memory_for(tensor, recipe, is_overwritten=True)
     give_memory({id(t): t for t in (*living, tensor)}.values(), storage)
+
+
+def memory_for(tensor: torch.Tensor, recipe: Recipe, *, is_overwritten: bool) -> torch.UntypedStorage:
+    """Memory for ``recipe``: with its values, unless ``tensor`` is all of it and is about to be overwritten."""
+    from lightning_efficient_init.deferred.replay import evaluate  # noqa: PLC0415
+
+    if is_overwritten and Ref.to(tensor, recipe).fills_recipe:
+        return torch.UntypedStorage(recipe.num_bytes, device=recipe.device)  # type: ignore[no-untyped-call]
+    return evaluate([recipe])[recipe]
+
+
+def check_copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Raise what ``target.copy_(source)`` would raise for shapes that do not fit."""
+    if target.shape != source.shape:
+        torch.empty(target.shape, device="meta").copy_(torch.empty(source.shape, device="meta"))
 
 
 def _cast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

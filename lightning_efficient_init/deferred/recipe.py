@@ -30,6 +30,7 @@ class Recipe:
         label: What to call it in messages, such as ``weight of Linear``.
         external: Real memory whose values came from outside of the recording: not reproducible.
         real: The real storage that a parameter was made of, where that was given up for a deferred one.
+        is_loaded: Its values come from outside of the recording, at least in part: a checkpoint was loaded into it.
         stale: ``real`` lacks what was written through the parameter since.
         aliases: Tensors that share the memory, where it is more than one parameter.
     """
@@ -40,6 +41,7 @@ class Recipe:
     label: str | None = None
     external: bool = False
     real: weakref.ref[torch.UntypedStorage] | None = None
+    is_loaded: bool = False
     stale: bool = False
     aliases: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
 
@@ -57,6 +59,7 @@ class Op:
         writes: Recipes that it changes.
         outs: Tensors that it returns in memory of their own.
         overwrites: It replaces everything in ``writes[0]`` without reading it: what was there before is dead.
+        is_load: It takes values from outside of the recording.
         draw: Where in a generator's stream its random numbers start.
         order: Its place among all operations recorded in this process.
     """
@@ -69,6 +72,7 @@ class Op:
     writes: tuple[Recipe, ...] = ()
     outs: tuple[Ref | None, ...] = ()
     overwrites: bool = False
+    is_load: bool = False
     draw: Any = None
     order: int = field(default_factory=_orders.__next__)
 
@@ -113,8 +117,18 @@ class Ref:
 
     @property
     def covers_recipe(self) -> bool:
-        """Whether it shows every byte of its memory."""
-        return self.offset == 0 and self.is_contiguous and self.numel * self.dtype.itemsize == self.recipe.num_bytes
+        """Whether it shows every byte of its memory, in C order."""
+        return self.is_contiguous and self.fills_recipe
+
+    @property
+    def fills_recipe(self) -> bool:
+        """Whether it shows every byte of its memory, in whichever order."""
+        expected = 1
+        for step, length in sorted(zip(self.stride, self.size, strict=True)):
+            if length != 1 and step != expected:
+                return False
+            expected *= length
+        return self.offset == 0 and self.numel * self.dtype.itemsize == self.recipe.num_bytes
 
 
 def recipe_of(tensor: torch.Tensor) -> Recipe | None:

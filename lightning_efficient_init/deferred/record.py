@@ -32,6 +32,7 @@ Decided against
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -40,10 +41,12 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._device import DeviceContext, _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from lightning_efficient_init.deferred import audit, parameter
+from lightning_efficient_init.deferred import audit, parameter, recurrent
 from lightning_efficient_init.deferred.recipe import Op, Recipe, Ref, attach, recipe_of
 from lightning_efficient_init.deferred.replay import FILLS, evaluate
 from lightning_efficient_init.deferred.streams import generator_of, lock, places
@@ -158,6 +161,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.paused = False
+        self.recurrent: list[weakref.ref[torch.nn.RNNBase]] = []
         self.parameters: list[weakref.ref[torch.Tensor]] = []
         self._tensors: dict[int, weakref.ref[torch.Tensor]] = {}
         self._generators: set[torch.Generator] = set()
@@ -247,7 +251,11 @@ class Recorder:
                 recipe = recipe_of(param) if param.is_meta else None
                 if recipe is not None:
                     groups[recipe] = [t for a in recipe.aliases if (t := a()) is not None] or [param]
+            layers = recurrent.scattered(
+                {id(layer): layer for r in self.recurrent if (layer := r()) is not None}.values()
+            )
             audit.allocate(groups)
+            recurrent.flatten(layers)
 
     # -- keeping track
 
@@ -303,8 +311,9 @@ class Recorder:
             out = aten.empty.memory_format(args[0], **{**_without(kwargs, "generator"), "device": _META})
         else:
             out = func(*args, **{**kwargs, "device": _META, "pin_memory": False})
-        device = kwargs.get("device") or torch.device("cpu")
-        device = _indexed(generator.device if generator is not None else device)
+        device = _indexed(kwargs.get("device") or _CPU)
+        if generator is not None and generator.device != device:
+            return func(*args, **kwargs)  # type: ignore[no-any-return]  # raises, as in eager construction
         if not out.numel() or not (out.is_floating_point() or out.is_complex()):
             if func in _EMPTY:
                 return func(*args, **kwargs)  # type: ignore[no-any-return]
@@ -342,6 +351,7 @@ class Recorder:
         fresh = [t for t in outs if _is_strided(t) and t.untyped_storage()._cdata not in inputs]
         if written or fresh:
             op.reads, op.device = reads, next((t.device for t in (*fresh, *written)), _CPU)
+            op.is_load = _reads_outside(args)
             self._write_down(op, written, outs, fresh)
 
     def _constant(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -370,8 +380,10 @@ class Recorder:
         for tensor in written:
             if (recipe := recipe_of(tensor)) is not None:
                 recipe.num_bytes = max(recipe.num_bytes, tensor.untyped_storage().nbytes())
+        is_load = op.is_load or any(recipe.is_loaded for recipe in op.reads)
         for recipe in op.writes:
             recipe.ops.append(op)
+            recipe.is_loaded = is_load or (recipe.is_loaded and not op.overwrites)
             if recipe.real is not None and written and written[0].is_meta:
                 recipe.stale = True
 
@@ -386,9 +398,13 @@ class Recorder:
         self._note(op, None if self.paused else reads, args, kwargs, out)
         return out
 
+<<<<<<< HEAD
     def _deferred(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor]
     ) -> Any:
+=======
+    def _deferred(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor]) -> Any:
+>>>>>>> deferred
         """An operation on deferred tensors."""
         if func in _LIKE and _is_deferred(args[0]):
             return self._like(func, args, kwargs)
@@ -431,6 +447,7 @@ class Recorder:
         if traits_of(func).random:
             self._draw(op)
         recipe.ops.append(op)
+        recipe.is_loaded &= not op.overwrites
         recipe.stale = recipe.real is not None
         return target
 
@@ -440,7 +457,7 @@ class Recorder:
         if func not in FILLS:
             _check_on_meta(func, args, kwargs)
         elif func is aten.copy_.default:
-            torch.broadcast_shapes(args[0].shape, args[1].shape)  # type: ignore[no-untyped-call]
+            parameter.check_copy(args[0], args[1])
         return self._record(func, args, kwargs, written, args[0])  # type: ignore[no-any-return]
 
     def _record(
@@ -452,7 +469,7 @@ class Recorder:
             op_args, op_kwargs, reads = self._template(args, kwargs, copy=True)
             assert reads is not None
             device = _recorded_device(args, kwargs)
-            op = Op(func, op_args, op_kwargs, device, reads=reads)
+            op = Op(func, op_args, op_kwargs, device, reads=reads, is_load=_reads_outside(args))
             if traits_of(func).random:
                 self._draw(op)
             self._write_down(op, written, outs, fresh)
@@ -468,6 +485,7 @@ class Recorder:
         with parameter.undisturbed():
             self._draw(op)
         recipe.ops.append(op)
+        recipe.is_loaded &= not op.overwrites
         recipe.stale = recipe.real is not None
         return target
 
@@ -599,12 +617,11 @@ class Recorder:
         self._refresh(tensor)
         self._make_external(tensor)
 
-    def bind(self, tensor: torch.Tensor) -> None:
-        """Give a deferred tensor, and all that shares its memory, memory and values now."""
+    def bind(self, tensor: torch.Tensor, *, is_overwritten: bool) -> None:
+        """Give a deferred tensor, and all that shares its memory, memory now, and values where those are needed."""
         recipe = recipe_of(tensor)
         assert recipe is not None
-        storage = evaluate([recipe])[recipe]
-        parameter.give_memory(self.aliases(recipe), storage)
+        parameter.give_memory(self.aliases(recipe), parameter.memory_for(tensor, recipe, is_overwritten=is_overwritten))
 
     def _make_external(self, tensor: torch.Tensor) -> None:
         recipe = recipe_of(tensor)
@@ -648,6 +665,8 @@ class _Function(TorchFunctionMode):
         special = _SPECIAL.get(func)
         if special is not None and args and _is_deferred_or(args, special):
             return special(self._recorder, func, args, kwargs)
+        if kwargs and _is_deferred(kwargs.get("out")) and func in _device_constructors():
+            return _into(self._recorder, func, args, kwargs)
         if getattr(func, "__module__", None) == "torch.nn.init":
             with torch._C.DisableTorchFunction():
                 out = func(*args, **kwargs)
@@ -688,11 +707,63 @@ def _on_values(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dic
         return func(*recorder.values(args), **kwargs)
 
 
-def _recurrent(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``lstm`` and its kin insist on one device for input and weights, before any operation reaches a kernel."""
+def _looks_at_devices(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``lstm`` and its kin look at devices before any operation reaches a kernel: they get real values."""
+    deferred = [t for t in _tensors_in(args, kwargs) if _is_deferred(t)]
+    if not deferred:
+        return func(*args, **kwargs)
+    running = (*(args[i] for i in _RUNNING.get(func, ()) if i < len(args)), *map(kwargs.get, _RUNNING_NAMES))
+    if any(map(_is_deferred, running)):
+        raise refusal(func.__name__, "its running statistics are deferred; make them of `torch.zeros`")
     with parameter.undisturbed():
-        args = recorder.values(args)
-    return func(*args, **kwargs)
+        values = [recorder.values(t) for t in deferred]
+        versions = [value._version for value in values]
+    by_id = {id(t): value for t, value in zip(deferred, values, strict=True)}
+    args, kwargs = _map_tensors(lambda t: by_id.get(id(t), t), (args, kwargs))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
+        out = func(*args, **kwargs)
+    for tensor, value, version in zip(deferred, values, versions, strict=True):
+        if value._version != version:  # written in place
+            tensor.copy_(value)
+            out = tensor if out is value else out
+    return out
+
+
+def _chooses_by_device(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``dropout`` and others take other kernels, and random numbers, on CUDA; for meta tensors they take the CPU's."""
+    recipes = [recipe_of(t) for t in _tensors_in(args, kwargs) if t.is_meta]
+    if all(recipe is None or recipe.device.type == "cpu" for recipe in recipes):
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **kwargs)
+        recorder.track(out)
+        return out
+    return _looks_at_devices(recorder, func, args, kwargs)
+
+
+def _into(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``torch.eye(n, out=t)``, to which a device context adds ``t``'s device. But ``t`` is on meta."""
+    recipe = recipe_of(kwargs["out"])
+    assert recipe is not None
+    if kwargs.get("device") is not None and _indexed(kwargs["device"]) != recipe.device:
+        return func(*args, **kwargs)  # raises, as in eager construction
+    with torch._C.DisableTorchFunction():
+        out = func(*args, **{**kwargs, "device": _META})
+    recorder.track(out)
+    return out
+
+
+def _as_tensor(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``torch.as_tensor(t)``, to which a device context adds ``t``'s own device, is ``t``."""
+    recipe = recipe_of(args[0])
+    assert recipe is not None
+    contexts = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, DeviceContext)]
+    device = kwargs.get("device") or (contexts[-1].device if contexts else recipe.device)
+    options = _without(kwargs, "device") if _indexed(device) == recipe.device else {**kwargs, "device": device}
+    with torch._C.DisableTorchFunction():
+        out = func(*args, **options)
+    recorder.track(out)
+    return out
 
 
 def _numpy(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -791,10 +862,11 @@ def _set_data(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
 
 def _copy(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Weights that come from outside: the parameter gets its memory now."""
-    target, source = args[0], args[1] if len(args) > 1 else kwargs.get("src")
+    target, source = args[0], args[1] if len(args) > 1 else kwargs["src"]
     if _is_deferred(target) and _is_external(source):
         with parameter.undisturbed():
-            recorder.bind(target)
+            parameter.check_copy(target, source)
+            recorder.bind(target, is_overwritten=True)
     out = func(*args, **kwargs)
     recorder.track(out)
     return out
@@ -832,8 +904,24 @@ _SPECIAL: dict[Any, Any] = {
     _T.copy_: _copy,
     _T.__deepcopy__: _deepcopy,
 }
-_SPECIAL |= {getattr(torch._VF, name): _recurrent for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
-_ON_REAL_TOO = {_recurrent, _set_data, _numpy, _address, _to_like}
+_SPECIAL |= dict.fromkeys((torch.as_tensor, torch.asarray), _as_tensor)
+_SPECIAL |= dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _looks_at_devices)
+_SPECIAL[functional.multi_head_attention_forward] = _looks_at_devices
+_CHOOSING: tuple[Any, ...] = (
+    torch.dropout,
+    torch.dropout_,
+    torch.lstm_cell,
+    torch.gru_cell,
+    torch.batch_norm,
+    torch.instance_norm,
+)
+_CHOOSING += (functional.dropout, functional.batch_norm, functional.instance_norm)
+_CHOOSING += (torch.rms_norm, functional.rms_norm, functional.scaled_dot_product_attention)
+_SPECIAL |= dict.fromkeys(_CHOOSING, _chooses_by_device)
+_RUNNING: dict[Any, tuple[int, int]] = {torch.batch_norm: (3, 4), torch.instance_norm: (3, 4)}
+_RUNNING |= {functional.batch_norm: (1, 2), functional.instance_norm: (1, 2)}
+_RUNNING_NAMES = ("running_mean", "running_var")
+_ON_REAL_TOO = {_looks_at_devices, _chooses_by_device, _set_data, _numpy, _address, _to_like}
 
 
 def _is_deferred_or(args: tuple[Any, ...], special: Any) -> bool:
@@ -860,6 +948,7 @@ class _Patches:
                 whole = _trunc_normal(torch.nn.init._no_grad_trunc_normal_)
                 self._patch(torch.nn.init, "_no_grad_trunc_normal_", whole)
                 self._patch(torch.Tensor, "__reduce_ex__", _reduce(torch.Tensor.__reduce_ex__))
+                self._patch(torch.nn.RNNBase, "flatten_parameters", _flatten(torch.nn.RNNBase.flatten_parameters))
                 hook = torch.nn.modules.module.register_module_parameter_registration_hook(_registered)
                 self._undo.append(hook.remove)
 
@@ -908,6 +997,16 @@ def _trunc_normal(original: Callable[..., Any]) -> Callable[..., Any]:
         return recorder.record_whole(original, tensor, *args, *kwargs.values())
 
     return _no_grad_trunc_normal_
+
+
+def _flatten(original: Callable[..., Any]) -> Callable[..., Any]:
+    def flatten_parameters(self: torch.nn.RNNBase) -> None:
+        recorder = current()
+        if recorder is not None:
+            recorder.recurrent.append(weakref.ref(self))
+        recurrent.flatten_unless_deferred(original, self)
+
+    return flatten_parameters
 
 
 def _reduce(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -1026,6 +1125,11 @@ def _is_external(value: Any) -> bool:
         return False
     recipe = recipe_of(value)
     return (recipe is None or recipe.external) and value.numel() * value.element_size() > _CONSTANT_BYTES
+
+
+def _reads_outside(args: tuple[Any, ...]) -> bool:
+    """Whether an operation takes tensors (other than single numbers) that the recording knows nothing about."""
+    return any(t.dim() and not t.is_meta and recipe_of(t) is None for t in _tensors_in(args, {}))
 
 
 def _list(value: Any) -> list[Any]:

@@ -261,7 +261,7 @@ def test_allocate_takes_names_and_forget_drops_recipes():
 
 def test_an_exception_allocates_nothing():
     models = []
-    with pytest.raises(ZeroDivisionError), empty_init():  # noqa: PT012
+    with pytest.raises(ZeroDivisionError), empty_init():
         models.append(Net())
         raise ZeroDivisionError
     assert is_deferred(models[0])

@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_efficient_init.deferred import deferred_init, is_deferred, materialize
+from lightning_efficient_init.deferred import (
+    deferred_init,
+    empty_init,
+    is_deferred,
+    materialize,
+    replay,
+    uninitialized_parameters,
+    watch,
+)
 from lightning_efficient_init.errors import DeferredParameterError
 
 LARGE = 600  # 600 x 600 floats are more than a recipe keeps a copy of
@@ -86,6 +94,63 @@ def test_weights_loaded_after_the_context_are_there(way, size):
     if way not in (_assign, _new_parameters):
         assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
     model(torch.ones(2, size)).sum().backward()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_loaded_inside_empty_init_are_there_and_nothing_warns(way, size, device):
+    state = build(size).to(device).state_dict()
+    with empty_init(), device:
+        model = build(size)
+        way(model, state)
+        untouched = build(size)
+    assert not uninitialized_parameters(model)
+    assert len(uninitialized_parameters(untouched)) == 5
+    watch(model)
+    model(torch.ones(2, size, device=device))
+    assert_state(model, state)
+
+
+def test_weights_that_are_changed_after_loading_inside_empty_init_stay_loaded():
+    state = build().state_dict()
+    with empty_init():
+        model = build()
+        model.load_state_dict(state)
+        model.to(torch.bfloat16)
+        with torch.no_grad():
+            model[0].weight.mul_(2)
+        twin = copy.deepcopy(model)
+        nn.init.ones_(model[1].weight)
+    assert uninitialized_parameters(model) == ["1.weight"]
+    assert not uninitialized_parameters(twin)
+    assert torch.equal(twin[0].weight, state["0.weight"].bfloat16() * 2)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_no_initializer_runs_for_what_a_checkpoint_overwrites(inside, monkeypatch):
+    state = build(LARGE).state_dict()
+    calls = []
+    evaluate = replay.Replay._call
+    monkeypatch.setattr(replay.Replay, "_call", lambda self, op, *args: (calls.append(op), evaluate(self, op, *args)))
+    with deferred_init():
+        model = build(LARGE).to(memory_format=torch.preserve_format)
+        if inside:
+            model.load_state_dict(state)
+    if not inside:
+        model.load_state_dict(state)
+    assert not calls
+    materialize(model)
+    assert_state(model, state)
+
+
+@pytest.mark.parametrize("size", [8, 1100])
+def test_a_copy_that_does_not_fit_raises_and_leaves_the_recipe(size):
+    with deferred_init():
+        model = build()
+        with pytest.raises(RuntimeError):
+            model[0].bias.data.copy_(torch.ones(size, size))
+    with pytest.raises(RuntimeError):
+        model[0].bias.data.copy_(torch.ones(size, size))
+    assert is_deferred(model[0].bias)
 
 
 def test_tied_weights_are_loaded_once_and_stay_tied():

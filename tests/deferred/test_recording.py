@@ -276,7 +276,7 @@ def test_an_exception_restores_everything_and_leaves_the_generator_right():
     nn.Linear(3, 4)
     after = torch.get_rng_state()
     torch.manual_seed(3)
-    with pytest.raises(ZeroDivisionError), deferred_init():  # noqa: PT012
+    with pytest.raises(ZeroDivisionError), deferred_init():
         nn.Linear(3, 4)
         raise ZeroDivisionError
     assert nn.Parameter.__dict__["__new__"] is new
