@@ -398,13 +398,7 @@ class Recorder:
         self._note(op, None if self.paused else reads, args, kwargs, out)
         return out
 
-<<<<<<< HEAD
-    def _deferred(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor]
-    ) -> Any:
-=======
     def _deferred(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor]) -> Any:
->>>>>>> deferred
         """An operation on deferred tensors."""
         if func in _LIKE and _is_deferred(args[0]):
             return self._like(func, args, kwargs)
