@@ -190,7 +190,7 @@ def measure(title: str, name: str, folder: Path, *, check: bool) -> dict[str, An
     steps = ROWS[title](name, folder)
     next(steps)
     marks = [time.perf_counter()]
-    with PeakMemory([DEVICE], in_background=True) as memory:
+    with PeakMemory(in_background=True) as memory:  # the device keeps count itself
         for step in steps:
             model = step
             if DEVICE.type == "cuda":

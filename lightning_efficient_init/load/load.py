@@ -55,7 +55,7 @@ def load_checkpoint(
         weights_only: Whether the checkpoint's pickle may only hold tensors and plain containers. ``False`` runs
             whatever code it brings along.
         host_buffer_bytes: Upper bound of the staging memory on the host, in bytes.
-        num_threads: Threads that read; by default the cores available to the process, at most 16.
+        num_threads: Threads that read; by default the cores available to the process, at most 12.
         progress: Whether to show a bar; by default on a terminal, if the load takes more than a moment.
         mmap: Whether parameters on the CPU become the file's private mapping: nothing is copied or read until it is
             used, and writing to a parameter never reaches the file.
