@@ -17,3 +17,14 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     return torch.device("cuda", 0) if request.param == "cuda" else torch.device("cpu")
+
+
+@pytest.fixture
+def bytes_read():
+    """Bytes that this process has asked the system to read so far, whether from a disk or not."""
+
+    def read():
+        with open("/proc/self/io", "rb") as io:
+            return int(next(line for line in io if line.startswith(b"rchar:")).split()[1])
+
+    return read

@@ -65,17 +65,6 @@ def params(bits):
 
 
 @pytest.fixture
-def bytes_read():
-    """Bytes that this process has asked the system to read so far, whether from a disk or not."""
-
-    def read():
-        with open("/proc/self/io", "rb") as io:
-            return int(next(line for line in io if line.startswith(b"rchar:")).split()[1])
-
-    return read
-
-
-@pytest.fixture
 def open_files():
     """Number of file descriptors of this process."""
     return lambda: len(os.listdir("/proc/self/fd"))
