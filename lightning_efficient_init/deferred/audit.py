@@ -17,9 +17,11 @@ import torch
 from lightning_efficient_init.deferred import parameter
 from lightning_efficient_init.deferred.recipe import Recipe, Ref, recipe_of
 from lightning_efficient_init.deferred.replay import evaluate
+from lightning_efficient_init.errors import shorten
 
 _RECIPE = "_efficient_init_empty"
 _PROBES = 4
+_MOST_NAMES = 10
 # Exact in bfloat16 (8 bits) and float16 (up to 65504), so a cast keeps them.
 _CANARY = (-60928.0, 47360.0, -51712.0, 64256.0)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -49,7 +51,7 @@ def allocate(groups: dict[Recipe, list[torch.Tensor]]) -> None:
     for recipe, tensors in groups.items():
         storage = memory.get(recipe)
         if storage is None:
-            storage = torch.UntypedStorage(recipe.num_bytes, device=recipe.device)  # type: ignore[no-untyped-call]
+            storage = torch.UntypedStorage(recipe.num_bytes, device=recipe.device)
             refs = [Ref.to(tensor, recipe) for tensor in tensors]
             parameter.give_memory(tensors, storage)
             for tensor, ref in zip(tensors, refs, strict=True):
@@ -124,7 +126,7 @@ def watch(model: torch.nn.Module) -> None:
 
     for module in model.modules():
         forward_hooks.append(module.register_forward_pre_hook(audit))
-        saving_hooks[module] = module.register_state_dict_pre_hook(audit_before_saving)  # type: ignore[no-untyped-call]
+        saving_hooks[module] = module.register_state_dict_pre_hook(audit_before_saving)
 
 
 def _is_pending(param: torch.Tensor) -> bool:
@@ -143,20 +145,15 @@ def _audit(model: torch.nn.Module) -> None:
     if whole:
         messages.append(
             f"{len(whole)} parameters had not been written by a checkpoint or by you at first use, "
-            f"and were initialized as their modules do it: {_shortened(whole)}."
+            f"and were initialized as their modules do it: {shorten(whole, _MOST_NAMES)}."
         )
     if part:
         messages.append(
             f"{len(part)} parameters have been written in part only, and the rest of their memory has undefined "
-            f"values: {_shortened(part)}. Write all of it, or call `initialize` on them before you write."
+            f"values: {shorten(part, _MOST_NAMES)}. Write all of it, or call `initialize` on them before you write."
         )
     if messages:
         warnings.warn(" ".join(messages), UninitializedParameterWarning, stacklevel=4)
-
-
-def _shortened(names: list[str], limit: int = 10) -> str:
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown}, and {len(names) - limit} more"
 
 
 def _can_be_empty(tensor: torch.Tensor) -> bool:

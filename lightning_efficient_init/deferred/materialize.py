@@ -6,10 +6,12 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from lightning_efficient_init.deferred import audit, parameter, record, recurrent
+from lightning_efficient_init.deferred import audit, parameter, recurrent
+from lightning_efficient_init.deferred.active import current
+from lightning_efficient_init.deferred.arguments import indexed
 from lightning_efficient_init.deferred.recipe import Recipe, recipe_of
 from lightning_efficient_init.deferred.replay import evaluate
-from lightning_efficient_init.errors import DeferredParameterError
+from lightning_efficient_init.errors import DeferredParameterError, shorten
 
 
 def is_deferred(module_or_tensor: torch.nn.Module | torch.Tensor) -> bool:
@@ -46,7 +48,7 @@ def materialize(
     Raises:
         DeferredParameterError: A tensor is on the meta device and has no recipe.
     """
-    target = _indexed(device)
+    target = None if device is None else indexed(device)
     with parameter.undisturbed():
         groups = _deferred_groups(module)
         layers = recurrent.scattered(module.modules())
@@ -131,7 +133,7 @@ def _groups(params: dict[str, torch.Tensor]) -> dict[Recipe, list[torch.Tensor]]
 
 
 def _aliases_being_recorded(recipe: Recipe) -> list[torch.Tensor]:
-    recorder = record.current()
+    recorder = current()
     return recorder.aliases(recipe) if recorder is not None else []
 
 
@@ -150,7 +152,7 @@ def _check_complete(module: torch.nn.Module) -> None:
     lost = [name for name, p in module.named_parameters() if p.is_meta]
     if lost:
         raise DeferredParameterError(
-            f"{', '.join(lost[:8])}{' ...' if len(lost) > 8 else ''}: on the meta device without a recipe. "
+            f"{shorten(lost)}: on the meta device without a recipe. "
             "Parameters made under `torch.device('meta')`, or copied from deferred ones by other means than "
             "`copy.deepcopy`, have none: build the module under `deferred_init`."
         )
@@ -172,12 +174,3 @@ def _move(module: torch.nn.Module, device: torch.device | None, dtype: torch.dty
         for name, buffer in child._buffers.items():
             if buffer is not None and device is not None and buffer.device != device:
                 child._buffers[name] = buffer.to(device)
-
-
-def _indexed(device: torch.device | str | None) -> torch.device | None:
-    if device is None:
-        return None
-    device = torch.device(device)
-    if device.type == "cpu" or device.index is not None:
-        return device
-    return torch.device(device.type, getattr(torch, device.type).current_device())

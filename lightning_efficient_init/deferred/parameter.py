@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import gc
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from lightning_efficient_init.deferred.active import current
 from lightning_efficient_init.deferred.recipe import Op, Recipe, Ref, attach, recipe_of
-from lightning_efficient_init.errors import DeferredParameterError
+from lightning_efficient_init.deferred.replay import evaluate
+from lightning_efficient_init.deferred.wording import misuse
 
 
 def exchange(tensor: torch.Tensor, data: torch.Tensor) -> None:
@@ -66,38 +68,6 @@ def unguard(tensor: torch.Tensor) -> None:
     """Give a tensor the class back that it was made with."""
     if isinstance(tensor, Guarded):
         tensor.__class__ = type(tensor)._bare  # type: ignore[assignment]
-
-
-def misuse(tensor: torch.Tensor, what: str) -> DeferredParameterError:
-    """The error for a use that needs values."""
-    return DeferredParameterError(
-        f"{describe(tensor)} is deferred: it has no memory yet and cannot be {what}. "
-        "Call `materialize(model)` to initialize it, or load a checkpoint into the model, before."
-    )
-
-
-def describe(tensor: torch.Tensor) -> str:
-    """A tensor in words."""
-    recipe = recipe_of(tensor)
-    name = recipe.label if recipe is not None and recipe.label is not None else "a tensor"
-    return f"The parameter {name!r} of shape {tuple(tensor.shape)}" if name != "a tensor" else "A tensor"
-
-
-def path_being_built() -> str:
-    """The modules whose construction is under way, from the outermost in: ``Net.layers.3 > Linear``."""
-    modules: list[torch.nn.Module] = []
-    frame = sys._getframe(1)
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, torch.nn.Module) and (not modules or modules[-1] is not owner):
-            modules.append(owner)
-        frame = frame.f_back  # type: ignore[assignment]
-    modules.reverse()
-    names = [type(module).__name__ for module in modules[:1]]
-    for parent, child in pairwise(modules):
-        name = next((n for n, m in parent.__dict__.get("_modules", {}).items() if m is child), None)
-        names.append(f".{name}" if name is not None else f" > {type(child).__name__}")
-    return "".join(names) or "outside of any module"
 
 
 def _differentiable(tensor: torch.Tensor) -> bool:
@@ -155,8 +125,6 @@ def _derived(tensor: torch.Tensor, func: Any, data: torch.Tensor, kwargs: dict[s
 
 
 def _guarded_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    from lightning_efficient_init.deferred.record import current  # noqa: PLC0415 (record stands on this module)
-
     if current() is not None:
         return func(*args, **kwargs)  # being recorded
     handler = _HANDLERS.get(func)
@@ -238,13 +206,11 @@ def cast(tensors: list[torch.Tensor], dtype: torch.dtype) -> None:
 
 def remember_alias(tensor: torch.Tensor, alias: torch.Tensor) -> None:
     """Let ``alias`` get memory together with ``tensor``."""
-    import weakref  # noqa: PLC0415
-
     recipe = recipe_of(tensor)
     assert recipe is not None
-    recipe.aliases = [ref for ref in recipe.aliases if ref() is not None]
-    known = {id(ref()) for ref in recipe.aliases}
-    recipe.aliases += [weakref.ref(t) for t in (tensor, alias) if id(t) not in known]
+    living = [ref for ref in recipe.aliases if ref() is not None]
+    known = {id(ref()) for ref in living}
+    recipe.aliases = [*living, *(weakref.ref(t) for t in (tensor, alias) if id(t) not in known)]
 
 
 def bind(tensor: torch.Tensor) -> None:
@@ -258,10 +224,8 @@ def bind(tensor: torch.Tensor) -> None:
 
 def memory_for(tensor: torch.Tensor, recipe: Recipe, *, is_overwritten: bool) -> torch.UntypedStorage:
     """Memory for ``recipe``: with its values, unless ``tensor`` is all of it and is about to be overwritten."""
-    from lightning_efficient_init.deferred.replay import evaluate  # noqa: PLC0415
-
     if is_overwritten and Ref.to(tensor, recipe).fills_recipe:
-        return torch.UntypedStorage(recipe.num_bytes, device=recipe.device)  # type: ignore[no-untyped-call]
+        return torch.UntypedStorage(recipe.num_bytes, device=recipe.device)
     return evaluate([recipe])[recipe]
 
 
@@ -338,4 +302,3 @@ _HANDLERS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
     _T.bfloat16: _cast,
     _T.type: _cast,
 }
-__all__ = ["Guarded", "bind", "exchange", "give_memory", "guard", "unguard"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +43,7 @@ class Recipe:
     real: weakref.ref[torch.UntypedStorage] | None = None
     is_loaded: bool = False
     stale: bool = False
-    aliases: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
+    aliases: Sequence[weakref.ref[torch.Tensor]] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -77,9 +77,9 @@ class Op:
     order: int = field(default_factory=_orders.__next__)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # not frozen: that takes three times as long to make, and each operation makes one
 class Ref:
-    """A tensor as a window on a recipe's memory: ``size`` and ``stride`` in elements, ``offset`` too."""
+    """A tensor as a window on a recipe's memory: ``size`` and ``stride``, ``offset`` in elements."""
 
     recipe: Recipe
     dtype: torch.dtype

@@ -14,16 +14,11 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from lightning_efficient_init.deferred.operators import traits_of
 from lightning_efficient_init.deferred.recipe import Op, Recipe, Ref, operations_for
 from lightning_efficient_init.deferred.streams import Cursor, Draw, borrowed, default_generator, lock
 
 aten = torch.ops.aten
-
-# In-place operations that do not look at what they write on.
-FILLS = {aten.normal_.default, aten.uniform_.default, aten.zero_.default, aten.fill_.Scalar, aten.fill_.Tensor}
-FILLS |= {aten.bernoulli_.float, aten.exponential_.default, aten.log_normal_.default, aten.cauchy_.default}
-FILLS |= {aten.random_.default, aten.random_.to, getattr(aten.random_, "from")}
-FILLS |= {aten.geometric_.default, aten.copy_.default}
 
 
 def evaluate(
@@ -93,7 +88,7 @@ class Replay:
         """The memory of ``recipe``, allocated at its first use."""
         storage = self._memory.get(recipe)
         if storage is None:
-            storage = torch.UntypedStorage(recipe.num_bytes, device=self._place(recipe.device))  # type: ignore[no-untyped-call]
+            storage = torch.UntypedStorage(recipe.num_bytes, device=self._place(recipe.device))
             self._memory[recipe] = storage
         elif storage.nbytes() < recipe.num_bytes:
             storage.resize_(recipe.num_bytes)
@@ -103,7 +98,7 @@ class Replay:
     def run_alone(op: Op, generator: torch.Generator) -> None:
         """Run ``op`` on scratch, drawing from ``generator`` as it stands."""
         replay = Replay(generator.device)
-        target = op.args[0].recipe if op.func in FILLS and isinstance(op.args[0], Ref) else None
+        target = op.args[0].recipe if traits_of(op.func).is_fill and isinstance(op.args[0], Ref) else None
         reads = [recipe for recipe in op.reads if recipe is not target]
         inputs: dict[Recipe, torch.UntypedStorage] = {}
         with replay:  # leaves the generator as it found it
@@ -156,7 +151,7 @@ class Replay:
                 continue
             assert (out.dtype, tuple(out.shape)) == (ref.dtype, ref.size), f"{op.func}: not the recorded result"
             if out.stride() != ref.stride or out.storage_offset() != ref.offset:
-                laid_out = ref.on(torch.UntypedStorage(ref.recipe.num_bytes, device=out.device))  # type: ignore[no-untyped-call]
+                laid_out = ref.on(torch.UntypedStorage(ref.recipe.num_bytes, device=out.device))
                 out = laid_out.copy_(out)  # noqa: PLW2901 (the kernel's layout is not the one recorded)
             self._memory[ref.recipe] = out.untyped_storage()
 

@@ -4,7 +4,8 @@ Nothing is drawn while recording, yet every operation has to get the numbers tha
 has to end where it would have ended. A `Stream` is the sequence of random operations since a known state. Where it
 stands when operation ``i`` starts follows from the operations before: for ``uniform_`` and ``normal_`` on the CPU the
 number of 32-bit draws is known, and MT19937 advances by arithmetic (mersenne.py); on counter-based (CUDA) generators
-the increment of each kind of operation is measured once; whatever else there is runs on scratch memory.
+the increment follows from the number of elements. Where this build of PyTorch does not agree, an operation is measured;
+whatever else there is runs on scratch memory.
 
 While recording, the real CPU generator holds a *token*: a state that no seed leads to and that names the place in the
 stream. So code inside that saves and restores the state (``fork_rng``), seeds it, or draws behind our back is noticed
@@ -14,29 +15,26 @@ and understood, also when it ends in another thread's recording.
 from __future__ import annotations
 
 import ctypes
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lightning_efficient_init.deferred import mersenne
+from lightning_efficient_init.deferred.operators import traits_of
 from lightning_efficient_init.deferred.recipe import Op, Ref
-
-if TYPE_CHECKING:
-    pass
 
 aten = torch.ops.aten
 lock = threading.RLock()  # generators are shared between threads
 
-_TOKEN = slice(24, 24 + 8 * 4)  # the first words of the state of MT19937
+_TOKEN = struct.Struct("4Q")  # in the place of the first words of the state of MT19937
+_TOKEN_START = 24
 _TOKEN_MARK = 0x1E1E1E1E
-_UNIFORM = {aten.uniform_.default, aten.rand.default}
-_NORMAL = {aten.normal_.default, aten.randn.default}
-_ELEMENTWISE = _UNIFORM | _NORMAL | {aten.bernoulli_.float, aten.exponential_.default, aten.log_normal_.default}
 _SINGLE_DRAW = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -87,7 +85,7 @@ class Stream:
             return generator.manual_seed(seed).get_state()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Draw:
     """A place in a stream: before its operation ``index``."""
 
@@ -100,7 +98,7 @@ class Places:
 
     def __init__(self) -> None:
         self._tokens: dict[int, Draw] = {}
-        self._current: dict[torch.Generator, tuple[torch.Tensor, Draw]] = {}
+        self._current: dict[torch.Generator, tuple[bytes, Draw]] = {}
         self._last: tuple[torch.Tensor, Draw] | None = None
         self._count = 0
         self._users = 0
@@ -109,7 +107,7 @@ class Places:
         """Where ``generator`` stands, which is at ``state``."""
         state = generator.get_state() if state is None else state
         known = self._current.get(generator)
-        if known is not None and torch.equal(known[0], state):
+        if known is not None and known[0] == _bytes(state):
             return known[1]
         token = _read_token(state) if generator.device.type == "cpu" else None
         if token is not None and token in self._tokens:
@@ -122,7 +120,7 @@ class Places:
         if generator is torch.default_generator and torch.version.cuda is not None:
             if self._last is not None and torch.equal(self._last[0], state):
                 stream.before = self._last[1]
-            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            if torch.cuda.is_initialized():
                 stream.elsewhere = {g.device: g.get_state() for g in torch.cuda.default_generators}
         return stream
 
@@ -161,12 +159,12 @@ class Places:
         """Set ``generator`` to its true state."""
         draw = self.place(generator)
         generator.set_state(state_at(draw))
-        self._current[generator] = (generator.get_state(), draw)
+        self._current[generator] = (_bytes(generator.get_state()), draw)
 
     def adopt(self, generator: torch.Generator, draw: Draw) -> None:
         """Say that the present, true state of ``generator`` is the one at ``draw``."""
         draw.stream.states[draw.index] = state = generator.get_state()
-        self._current[generator] = (state, draw)
+        self._current[generator] = (_bytes(state), draw)
 
     def enter(self) -> None:
         """A recording starts."""
@@ -179,7 +177,7 @@ class Places:
             for generator in generators:
                 self.settle(generator)
                 if generator is torch.default_generator and torch.version.cuda is not None:
-                    self._last = self._current[generator]
+                    self._last = (generator.get_state(), self._current[generator][1])
             self._users -= 1
             if not self._users:
                 self._tokens.clear()
@@ -188,11 +186,11 @@ class Places:
     def _hold(self, draw: Draw, generator: torch.Generator, state: torch.Tensor) -> None:
         """Let ``generator``, which is at ``state``, hold a token for ``draw``."""
         self._count += 1
-        words = (ctypes.c_uint64 * len(_token(0))).from_address(state.data_ptr() + _TOKEN.start)
-        words[:] = _token(self._count)  # type: ignore[assignment]  # a fifth of the time of a tensor operation, for each random operation
+        token = _TOKEN.pack(*_token(self._count))
+        ctypes.memmove(state.data_ptr() + _TOKEN_START, token, _TOKEN.size)  # a fifth of a tensor operation's time
         generator.set_state(state)
         self._tokens[self._count] = draw
-        self._current[generator] = (state, draw)
+        self._current[generator] = (_bytes(state), draw)
 
     def _move(self, op: Op, after: Draw, generator: torch.Generator) -> None:
         """Advance a counter-based generator for real: its state costs nothing."""
@@ -204,19 +202,23 @@ class Places:
         else:
             generator.set_offset(generator.get_offset() + increment)
         stream.states[after.index] = state = generator.get_state()
-        self._current[generator] = (state, after)
+        self._current[generator] = (_bytes(state), after)
 
 
 places = Places()
 
 
 def _read_token(state: torch.Tensor) -> int | None:
-    words = state[_TOKEN].view(torch.int64).tolist()
+    words = _TOKEN.unpack(ctypes.string_at(state.data_ptr() + _TOKEN_START, _TOKEN.size))
     return words[1] if words == _token(words[1]) else None
 
 
-def _token(count: int) -> list[int]:
-    return [_TOKEN_MARK, count, 0xFFFFFFFF - count, _TOKEN_MARK]  # words of the state have 32 bits
+def _token(count: int) -> tuple[int, int, int, int]:
+    return _TOKEN_MARK, count, 0xFFFFFFFF - count, _TOKEN_MARK  # words of the state have 32 bits
+
+
+def _bytes(state: torch.Tensor) -> bytes:
+    return ctypes.string_at(state.data_ptr(), state.numel())
 
 
 def default_generator(device: torch.device) -> torch.Generator:
@@ -226,7 +228,7 @@ def default_generator(device: torch.device) -> torch.Generator:
     module = getattr(torch, device.type)
     index = device.index if device.index is not None else module.current_device()
     if device.type == "cuda":
-        torch.cuda.init()  # type: ignore[no-untyped-call]
+        torch.cuda.init()
     return module.default_generators[index]  # type: ignore[no-any-return]
 
 
@@ -234,7 +236,7 @@ def generator_of(op: Op) -> torch.Generator:
     """The generator from which ``op`` draws."""
     explicit = op.kwargs.get("generator")
     if explicit is None:
-        explicit = next((arg for arg in op.args if isinstance(arg, torch.Generator)), None)
+        explicit = next((arg for arg in op.args if type(arg) is torch.Generator), None)
     return explicit if explicit is not None else default_generator(op.device)
 
 
@@ -321,11 +323,14 @@ def run_for_draws(op: Op, generator: torch.Generator) -> None:
 
 def num_draws(op: Op) -> int | None:
     """How many 32-bit draws ``op`` takes from MT19937, None if only running it can tell."""
+    traits = traits_of(op.func)
+    if not (traits.is_uniform or traits.is_normal):
+        return None
     window = _window(op)
-    if window is None or op.func not in _UNIFORM | _NORMAL or not _known_cost(op.func in _NORMAL, window.dtype):
+    if window is None or not _known_cost(traits.is_normal, window.dtype):
         return None
     width = 1 if window.dtype in _SINGLE_DRAW else 2
-    if op.func in _UNIFORM:
+    if traits.is_uniform:
         return window.numel * width
     if window.numel < 16 or not window.is_contiguous:
         return None  # the scalar path keeps every second sample for later
@@ -353,19 +358,62 @@ def _known_cost(normal: bool, dtype: torch.dtype) -> bool:
     return torch.equal(generator.get_state(), expected.get_state())
 
 
-_increments: dict[Any, int] = {}
+# Of CUDA's kernels: aten/src/ATen/native/cuda/DistributionTemplates.h, `calc_execution_policy`.
+_BLOCK_SIZE = 256
+_CALLS_PER_STEP = 4
+_measured: dict[Any, int] = {}
 
 
 def _increment(op: Op, generator: torch.Generator) -> int | None:
     """By how much ``op`` moves a counter-based generator, where that depends on its shape and numbers alone."""
     window = _window(op)
-    if generator.device.type != "cuda" or op.func not in _ELEMENTWISE or window is None:
+    if generator.device.type != "cuda" or window is None or not traits_of(op.func).is_elementwise:
         return None
+    if window.recipe.num_bytes < 1 << 31 and _is_by_numel(op.func, op.args[1:], window.dtype, generator):
+        return _increment_for(window.numel, window.dtype, generator.device)
     numbers = tuple(arg for arg in op.args[1:] if isinstance(arg, int | float))
     key = (op.func, window.size, window.stride, window.dtype, numbers, generator.device)
-    if key not in _increments:
-        with borrowed(generator):
-            before = generator.get_offset()
-            run_for_draws(op, generator)
-            _increments[key] = generator.get_offset() - before
-    return _increments[key]
+    if key not in _measured:
+        _measured[key] = _measure(generator, lambda: run_for_draws(op, generator))
+    return _measured[key]
+
+
+def _increment_for(numel: int, dtype: torch.dtype, device: torch.device) -> int:
+    """What a kernel that gives each thread one draw at a time, or several, adds to the offset."""
+    unroll = 2 if dtype == torch.float64 else 4
+    num_blocks = min(-(-numel // _BLOCK_SIZE), _most_blocks(device))
+    return ((numel - 1) // (_BLOCK_SIZE * num_blocks * unroll) + 1) * _CALLS_PER_STEP
+
+
+@cache
+def _most_blocks(device: torch.device) -> int:
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.multi_processor_count * (properties.max_threads_per_multi_processor // _BLOCK_SIZE))
+
+
+_by_numel: dict[Any, bool] = {}
+
+
+def _is_by_numel(func: Any, numbers: tuple[Any, ...], dtype: torch.dtype, generator: torch.Generator) -> bool:
+    """Trust `_increment_for` only where this build of PyTorch agrees with it, seen on a few small tensors."""
+    key = (id(func), dtype, generator.device)
+    if key not in _by_numel:
+        _by_numel[key] = dtype in (*_SINGLE_DRAW, torch.float64) and all(
+            _agrees(func, numbers, torch.empty(numel, dtype=dtype, device=generator.device), generator)
+            for numel in (1000, _most_blocks(generator.device) * _BLOCK_SIZE * 4 + 1)
+        )
+    return _by_numel[key]
+
+
+def _agrees(func: Any, numbers: tuple[Any, ...], scratch: torch.Tensor, generator: torch.Generator) -> bool:
+    if not traits_of(func).is_fill:
+        func, numbers = (aten.normal_ if traits_of(func).is_normal else aten.uniform_), ()
+    expected = _increment_for(scratch.numel(), scratch.dtype, generator.device)
+    return _measure(generator, lambda: func(scratch, *numbers, generator=generator)) == expected
+
+
+def _measure(generator: torch.Generator, call: Callable[[], Any]) -> int:
+    with borrowed(generator):
+        before = generator.get_offset()
+        call()
+        return generator.get_offset() - before

@@ -1,0 +1,324 @@
+"""The function mode: what does not reach a kernel, and what must not reach the function modes below.
+
+For deferred tensors it answers itself what would give them away (``p.device``, ``p.is_meta``), what is not an operation
+(``p.data = x``, ``p.numpy()``), and what looks at devices before any operation runs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._device import DeviceContext, _device_constructors
+
+from lightning_efficient_init.deferred.arguments import (
+    CPU,
+    META,
+    indexed,
+    is_deferred,
+    is_external,
+    map_tensors,
+    recorded_device,
+    tensors_in,
+    without,
+)
+from lightning_efficient_init.deferred.dispatch import values_of
+from lightning_efficient_init.deferred.parameter import check_copy, exchange, undisturbed
+from lightning_efficient_init.deferred.recipe import recipe_of
+from lightning_efficient_init.deferred.wording import refusal
+
+if TYPE_CHECKING:
+    from lightning_efficient_init.deferred.record import Recorder
+
+
+_MAY_HOLD_TENSORS = (torch.Tensor, tuple, list)
+
+
+class Answers(TorchFunctionMode):
+    """What does not reach a kernel, and what must not reach the function modes below."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        answer = _ANSWERS.get(func)
+        if answer is not None or (kwargs and "out" in kwargs):
+            answer = _applicable(answer, func, args, kwargs or {})
+            if answer is not None:
+                return answer(self._recorder, func, args, kwargs or {})
+        with _guard_for(func):
+            out = func(*args, **kwargs) if kwargs else func(*args)
+        if isinstance(out, _MAY_HOLD_TENSORS):
+            with torch._C.DisableTorchFunction():
+                self._recorder.track(out)
+        return out
+
+
+def _applicable(answer: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``answer``, or that for ``out=``, if the call is about a deferred tensor."""
+    with torch._C.DisableTorchFunction():
+        if answer is not None and args and (answer in _ON_REAL_TOO or is_deferred(args[0])):
+            return answer
+        return _into if is_deferred(kwargs.get("out")) and func in _device_constructors() else None
+
+
+def _guard_for(func: Any) -> Any:
+    """Functions of `torch.nn.init` run below all function modes, so that none of them skips them."""
+    if type(func) is FunctionType and func.__module__ == "torch.nn.init":
+        return torch._C.DisableTorchFunction()
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+# -- the answers
+
+
+def _device(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    recipe = recipe_of(args[0])
+    assert recipe is not None
+    return recipe.device
+
+
+def _is_type(kind: str) -> Callable[..., bool]:
+    def answer(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        recipe = recipe_of(args[0])
+        assert recipe is not None
+        return recipe.device.type == kind
+
+    return answer
+
+
+def _get_device(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    recipe = recipe_of(args[0])
+    assert recipe is not None
+    return recipe.device.index if recipe.device.index is not None else -1
+
+
+def _on_values(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``tolist``, ``repr``: on a copy with the values."""
+    with undisturbed():
+        return func(*values_of(args), **kwargs)
+
+
+def _looks_at_devices(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``lstm`` and its kin look at devices before any operation reaches a kernel: they get real values."""
+    deferred = [t for t in tensors_in(args, kwargs) if is_deferred(t)]
+    if not deferred:
+        return func(*args, **kwargs)
+    running = (*(args[i] for i in _RUNNING.get(func, ()) if i < len(args)), *map(kwargs.get, _RUNNING_NAMES))
+    if any(map(is_deferred, running)):
+        raise refusal(func.__name__, "its running statistics are deferred; make them of `torch.zeros`")
+    with undisturbed():
+        values = [values_of(t) for t in deferred]
+        versions = [value._version for value in values]
+    by_id = {id(t): value for t, value in zip(deferred, values, strict=True)}
+    args, kwargs = map_tensors(lambda t: by_id.get(id(t), t), (args, kwargs))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
+        out = func(*args, **kwargs)
+    for tensor, value, version in zip(deferred, values, versions, strict=True):
+        if value._version != version:  # written in place
+            tensor.copy_(value)
+            out = tensor if out is value else out
+    return out
+
+
+def _chooses_by_device(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``dropout`` and others take other kernels, and random numbers, on CUDA; for meta tensors they take the CPU's."""
+    recipes = [recipe_of(t) for t in tensors_in(args, kwargs) if t.is_meta]
+    if all(recipe is None or recipe.device.type == "cpu" for recipe in recipes):
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **kwargs)
+        recorder.track(out)
+        return out
+    return _looks_at_devices(recorder, func, args, kwargs)
+
+
+def _into(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``torch.eye(n, out=t)``, to which a device context adds ``t``'s device. But ``t`` is on meta."""
+    recipe = recipe_of(kwargs["out"])
+    assert recipe is not None
+    if kwargs.get("device") is not None and indexed(kwargs["device"]) != recipe.device:
+        return func(*args, **kwargs)  # raises, as in eager construction
+    with torch._C.DisableTorchFunction():
+        out = func(*args, **{**kwargs, "device": META})
+    recorder.track(out)
+    return out
+
+
+def _as_tensor(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``torch.as_tensor(t)``, to which a device context adds ``t``'s own device, is ``t``."""
+    recipe = recipe_of(args[0])
+    assert recipe is not None
+    contexts = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, DeviceContext)]
+    device = kwargs.get("device") or (contexts[-1].device if contexts else recipe.device)
+    options = without(kwargs, "device") if indexed(device) == recipe.device else {**kwargs, "device": device}
+    with torch._C.DisableTorchFunction():
+        out = func(*args, **options)
+    recorder.track(out)
+    return out
+
+
+def _numpy(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A NumPy view of memory that is not there: a copy which refuses to be written."""
+    if not args[0].is_meta:
+        recorder.expose(args[0])
+        return func(*args, **kwargs)
+    array = _on_values(recorder, func, args, kwargs)
+    array.flags.writeable = False
+    return array
+
+
+def _address(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if args[0].is_meta:
+        raise refusal("data_ptr", "a deferred tensor has no memory")
+    recorder.expose(args[0])
+    return func(*args, **kwargs)
+
+
+def _to(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``t.to(its own device)`` returns ``t``, as in eager construction."""
+    recipe = recipe_of(args[0])
+    assert recipe is not None
+    options = _to_options(args[1:], kwargs)
+    if options.get("device") is not None and indexed(options["device"]) == recipe.device:
+        del options["device"]
+    with torch._C.DisableTorchFunction():
+        out = args[0].to(**{"dtype": args[0].dtype, **options})
+    recorder.track(out)
+    return out
+
+
+def _to_options(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ``Tensor.to`` by name."""
+    options = {name: value for name, value in kwargs.items() if value is not None}
+    flags = ["non_blocking", "copy"]
+    for arg in (*args, options.pop("other", None)):
+        if isinstance(arg, torch.Tensor):
+            options |= {"device": recorded_device((arg,), {}), "dtype": arg.dtype}
+        elif isinstance(arg, torch.dtype):
+            options["dtype"] = arg
+        elif isinstance(arg, bool):
+            options[flags.pop(0)] = arg
+        elif arg is not None:
+            options["device"] = arg
+    return options
+
+
+def _to_like(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``x.to(t)`` and ``x.type_as(t)``: to where ``t`` would be."""
+    other = args[1] if len(args) > 1 else kwargs.get("other")
+    if is_deferred(args[0]) or is_deferred(other):
+        return _to(recorder, func, args, kwargs)
+    return func(*args, **kwargs)
+
+
+def _set_item(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """``t[index] = 0``: the number as a real tensor, which else would be made (and lost) on the meta device."""
+    target, index, value = args
+    if isinstance(value, bool | int | float | complex):
+        value = torch.tensor(value, dtype=target.dtype, device=CPU)
+    func(target, index, value)
+
+
+def _new(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``t.new(2, 3)`` and ``t.new_tensor(data)``."""
+    recipe = recipe_of(args[0])
+    assert recipe is not None
+    if func is torch.Tensor.new_tensor:
+        return torch.tensor(*args[1:], **{"dtype": args[0].dtype, "device": recipe.device, **kwargs})
+    if not all(isinstance(arg, int) for arg in args[1:]):
+        raise refusal("Tensor.new with data", "it asks a deferred tensor for its type")
+    return torch.empty(args[1:], dtype=args[0].dtype, device=recipe.device)
+
+
+def _to_own_device(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``t.cpu()`` and ``t.cuda()``."""
+    device = torch.device(func.__name__)
+    if len(args) > 1 or kwargs.get("device") is not None:
+        device = torch.device("cuda", torch.device(kwargs.get("device", *args[1:2])).index or 0)
+    return _to(recorder, torch.Tensor.to, (args[0], device), {})
+
+
+def _set_data(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """``p.data = x`` where one of them is deferred and the other real."""
+    target, data = args
+    if target.is_meta and not data.is_meta and not recorder.paused:
+        data = recorder.defer(data)
+    if target.is_meta == data.is_meta:
+        func(target, data)
+    else:
+        with undisturbed():
+            exchange(target, data)
+    recorder.track(target)
+
+
+def _copy(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Weights that come from outside: the parameter gets its memory now."""
+    target, source = args[0], args[1] if len(args) > 1 else kwargs["src"]
+    if is_deferred(target) and is_external(source):
+        with undisturbed():
+            check_copy(target, source)
+            recorder.bind(target, is_overwritten=True)
+    out = func(*args, **kwargs)
+    recorder.track(out)
+    return out
+
+
+def _deepcopy(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    tensor, memo = args
+    if id(tensor) not in memo:
+        memo[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    return memo[id(tensor)]
+
+
+_T = torch.Tensor
+_ANSWERS: dict[Any, Any] = {
+    _T.device.__get__: _device,
+    _T.is_meta.__get__: _is_type("meta"),  # type: ignore[attr-defined]
+    _T.is_cpu.__get__: _is_type("cpu"),  # type: ignore[attr-defined]
+    _T.is_cuda.__get__: _is_type("cuda"),  # type: ignore[attr-defined]
+    _T.get_device: _get_device,
+    _T.tolist: _on_values,
+    _T.__repr__: _on_values,
+    _T.__format__: _on_values,
+    _T.numpy: _numpy,
+    _T.__array__: _numpy,
+    _T.data_ptr: _address,
+    _T.__dlpack__: _address,
+    _T.to: _to_like,
+    _T.type_as: _to_like,
+    _T.new: _new,
+    _T.new_tensor: _new,
+    _T.__setitem__: _set_item,
+    _T.cpu: _to_own_device,
+    _T.cuda: _to_own_device,
+    _T.data.__set__: _set_data,  # type: ignore[attr-defined]
+    _T.copy_: _copy,
+    _T.__deepcopy__: _deepcopy,
+}
+_ANSWERS |= dict.fromkeys((torch.as_tensor, torch.asarray), _as_tensor)
+_ANSWERS |= dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _looks_at_devices)
+_ANSWERS[functional.multi_head_attention_forward] = _looks_at_devices
+_CHOOSING: tuple[Any, ...] = (
+    torch.dropout,
+    torch.dropout_,
+    torch.lstm_cell,
+    torch.gru_cell,
+    torch.batch_norm,
+    torch.instance_norm,
+)
+_CHOOSING += (functional.dropout, functional.batch_norm, functional.instance_norm)
+_CHOOSING += (torch.rms_norm, functional.rms_norm, functional.scaled_dot_product_attention)
+_ANSWERS |= dict.fromkeys(_CHOOSING, _chooses_by_device)
+_RUNNING: dict[Any, tuple[int, int]] = {torch.batch_norm: (3, 4), torch.instance_norm: (3, 4)}
+_RUNNING |= {functional.batch_norm: (1, 2), functional.instance_norm: (1, 2)}
+_RUNNING_NAMES = ("running_mean", "running_var")
+_ON_REAL_TOO = {_looks_at_devices, _chooses_by_device, _set_data, _numpy, _address, _to_like}

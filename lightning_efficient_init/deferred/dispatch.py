@@ -1,0 +1,223 @@
+"""The dispatch mode: each operation that reaches a kernel is run, or recorded, or both."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from lightning_efficient_init.deferred import parameter
+from lightning_efficient_init.deferred.arguments import (
+    CPU,
+    META,
+    asks_for_meta,
+    check_on_meta,
+    device_of,
+    indexed,
+    is_deferred,
+    map_tensors,
+    recorded_device,
+    tensors_in,
+    to_meta,
+    without,
+    written_by,
+)
+from lightning_efficient_init.deferred.operators import LIKE, Traits, traits_of
+from lightning_efficient_init.deferred.recipe import Op, Recipe, Ref, recipe_of
+from lightning_efficient_init.deferred.replay import evaluate
+from lightning_efficient_init.deferred.wording import refusal
+
+if TYPE_CHECKING:
+    from lightning_efficient_init.deferred.record import Recorder
+
+aten = torch.ops.aten
+_NUMBERS = (int, float, bool)
+_MOST_NUMBERS = 4
+_PLAIN_OPTIONS = {"dtype", "device", "pin_memory"}
+
+
+class Dispatch(TorchDispatchMode):
+    """What reaches a kernel."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._recorder = recorder
+        self._tape = recorder.tape
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else the first operation imports all of torch._dynamo
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunction():
+            return self._dispatch(traits_of(func), args, kwargs or {})
+
+    def _dispatch(self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run or record one operation."""
+        if traits.is_fill and len(args) <= _MOST_NUMBERS and (recipe := _filled(args)) is not None:
+            return self._tape.write_fill(traits, args, kwargs, recipe)
+        tensors = list(tensors_in(args, kwargs))
+        metas = [t for t in tensors if t.is_meta]
+        if metas and any(recipe_of(t) is not None for t in metas):
+            return self._deferred(traits, args, kwargs, tensors)
+        if metas or traits.is_set or asks_for_meta(kwargs):
+            return traits.func(*args, **kwargs)  # the user's own meta tensors
+        for tensor in tensors:
+            self._recorder.refresh(tensor)
+        return self._real(traits, args, kwargs)
+
+    # -- on real tensors
+
+    def _real(self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._recorder.paused and traits.is_factory and not kwargs.get("pin_memory"):
+            return self._factory(traits, args, kwargs)
+        if traits.is_random:
+            return self._real_random(traits, args, kwargs)
+        if self._recorder.paused:
+            return traits.func(*args, **kwargs)
+        if traits.is_lift:
+            out = traits.func(*args, **kwargs)
+            self._tape.write_constant(out)
+            return out
+        return self._tape.run(traits, args, kwargs)
+
+    def _real_random(self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        device = device_of(args, kwargs)
+        return self._tape.run_random(traits, args, kwargs, device, is_kept=not self._recorder.paused)
+
+    def _factory(self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        """``empty``, ``randn`` and ``rand``: nothing to run yet."""
+        generator = kwargs.get("generator")
+        device = indexed(kwargs.get("device") or CPU)
+        if generator is not None and generator.device != device:
+            return traits.func(*args, **kwargs)  # type: ignore[no-any-return]  # raises, as in eager construction
+        out = _shape_of(traits, args, kwargs)
+        if not out.numel() or not (out.is_floating_point() or out.is_complex()):
+            run = traits.func if traits.is_empty else lambda *a, **k: self._real_random(traits, a, k)
+            return run(*args, **kwargs)  # type: ignore[no-any-return]
+        op = Op(traits.func, args, {**kwargs, "device": device}, device, overwrites=True)
+        self._tape.write_factory(op, out, is_random=traits.is_random)
+        self._recorder.track(out)
+        return out
+
+    # -- on deferred tensors
+
+    def _deferred(
+        self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor]
+    ) -> Any:
+        if traits.is_like and is_deferred(args[0]):
+            return self._like(traits, args, kwargs)
+        if asks_for_meta(kwargs):  # as accelerate's `init_empty_weights` does: no recipe is wanted
+            return traits.func(*to_meta(args), **kwargs)
+        if traits.is_set:
+            return self._set(traits, args, kwargs)
+        if traits.wants_values:
+            return self._forced(traits, args, kwargs)
+        self._check_recipes(traits, tensors)
+        written = written_by(traits, args, kwargs)
+        if any(not t.is_meta for t in written):
+            return self._forced(traits, args, kwargs)
+        try:
+            out = _run_on_meta(traits, args, kwargs)
+        except Exception:  # no meta kernel, or a shape that depends on values: the values decide, or it raises for real
+            if traits.is_in_place:
+                raise
+            return self._forced(traits, args, kwargs)
+        self._tape.write_deferred(traits, args, kwargs, written, out)
+        self._recorder.track(out)
+        return out
+
+    def _check_recipes(self, traits: Traits, tensors: list[torch.Tensor]) -> None:
+        for tensor in tensors:
+            self._recorder.refresh(tensor)
+            if tensor.is_meta and tensor.numel() and recipe_of(tensor) is None:
+                reason = "it mixes deferred tensors with one on the meta device, which has no values"
+                raise refusal(str(traits.func), reason)
+
+    def _forced(self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation for real on the values that deferred tensors would have."""
+        if any(t.is_meta for t in written_by(traits, args, kwargs)):
+            raise refusal(str(traits.func), "it writes into a deferred tensor and into a real one at once")
+        args, kwargs = values_of((args, kwargs))
+        if traits.is_random:
+            return self._real_random(traits, args, kwargs)
+        return self._tape.run(traits, args, kwargs)
+
+    def _like(self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        """``zeros_like`` and its kin need the shape of a deferred tensor, not its values."""
+        if asks_for_meta(kwargs):
+            return traits.func(*args, **kwargs)  # type: ignore[no-any-return]
+        shape = traits.func(*args, **{**without(kwargs, "pin_memory"), "device": META})
+        options = {"dtype": shape.dtype, "device": indexed(kwargs.get("device") or recorded_device(args, kwargs))}
+        geometry = (tuple(shape.shape), shape.stride())
+        fill = LIKE[traits.func]
+        if isinstance(fill, int):
+            return self._filled_like(geometry, options, fill)
+        if fill == "value":
+            return self._filled_like(geometry, options, args[-1] if traits.func is aten.new_full.default else args[1])
+        out = self._dispatch(traits_of(aten.empty_strided.default), geometry, options)
+        return out if fill is None else self._dispatch(traits_of(fill), (out,), {})  # type: ignore[no-any-return]
+
+    def _filled_like(self, geometry: tuple[Any, ...], options: dict[str, Any], value: Any) -> torch.Tensor:
+        with _disable_current_modes():
+            out = torch.empty_strided(*geometry, **options)
+        recipe = self._tape.new_recipe(out, options["device"])
+        recipe.ops.append(Op(aten.empty_strided.default, (), {}, recipe.device, writes=(recipe,), overwrites=True))
+        return self._tape.run(traits_of(aten.fill_.Scalar), (out, value), {})  # type: ignore[no-any-return]
+
+    def _set(self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """``p.set_(x)``: aliasing, which storages keep track of by themselves."""
+        target, source = args[0], args[1] if len(args) > 1 else None
+        if isinstance(source, torch.Tensor) and not source.is_meta:
+            args = (target, self._recorder.defer(source), *args[2:])
+        if (len(args) > 1 and args[1].device != META) or not target.is_meta:
+            reason = "it exchanges the memory of a deferred tensor for a real one, or the reverse"
+            raise refusal(str(traits.func), reason)
+        return traits.func(*args, **kwargs)
+
+
+def values_of(value: Any) -> Any:
+    """``value`` with real copies in the place of deferred tensors."""
+    recipes = [r for t in tensors_in((value,)) if t.is_meta and (r := recipe_of(t)) is not None]
+    memory = evaluate(dict.fromkeys(recipes))
+
+    def real(tensor: torch.Tensor) -> torch.Tensor:
+        recipe = recipe_of(tensor) if tensor.is_meta else None
+        if recipe is None:
+            return tensor
+        return Ref.to(tensor, recipe).on(memory[recipe]).requires_grad_(tensor.requires_grad)
+
+    return map_tensors(real, value)
+
+
+def _filled(args: tuple[Any, ...]) -> Recipe | None:
+    """The recipe of a deferred tensor that is filled from numbers alone."""
+    if not args[0].is_meta:
+        return None
+    for arg in args[1:]:
+        if not isinstance(arg, _NUMBERS):
+            return None
+    return recipe_of(args[0])
+
+
+def _shape_of(traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """What a factory makes, on meta."""
+    if traits.func is aten.empty.memory_format and kwargs.keys() <= _PLAIN_OPTIONS:
+        return torch.empty(args[0], dtype=kwargs.get("dtype"), device=META)  # half the time of the operator
+    if "generator" in kwargs:
+        return aten.empty.memory_format(args[0], **{**without(kwargs, "generator"), "device": META})  # type: ignore[no-any-return]
+    return traits.func(*args, **{**kwargs, "device": META, "pin_memory": False})  # type: ignore[no-any-return]
+
+
+def _run_on_meta(traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Shapes and aliases of the result; an in-place operation is only checked."""
+    if not traits.is_in_place:
+        return traits.func(*to_meta(args), **to_meta(kwargs))
+    if traits.func is aten.copy_.default:
+        parameter.check_copy(args[0], args[1])
+    elif not traits.is_fill:
+        check_on_meta(traits.func, args, kwargs)
+    return args[0]
