@@ -78,7 +78,8 @@ def bind(module: Module, state: Mapping[str, Any], metadata: Any = None) -> Bind
             own = {"": versions[prefix[:-1]]} if prefix[:-1] in versions else {}
             _bind_custom(submodule, prefix, {key: state[key] for key in found}, {**below, **own}, binding)
         else:
-            used |= _bind_standard(submodule, prefix, state, binding)
+            with torch._C.DisableTorchFunction():  # while construction is recorded, every look at a tensor costs
+                used |= _bind_standard(submodule, prefix, state, binding)
     binding.unexpected += [key for key in state if key not in used]
     _respect_ties(binding)
     return binding

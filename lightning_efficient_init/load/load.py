@@ -11,9 +11,8 @@ import torch
 from torch.nn import Module, Parameter
 
 from lightning_efficient_init.checkpoint import Entry
-from lightning_efficient_init.deferred import allocate, eager, forget, has_recipe, initialize
+from lightning_efficient_init.deferred import allocate, eager, forget, has_recipe, initialize, undisturbed
 from lightning_efficient_init.errors import CheckpointError, DeferredParameterError, shorten
-from lightning_efficient_init.garbage import collections_paused
 from lightning_efficient_init.load.bind import Binding, named_state
 from lightning_efficient_init.load.keys import KeyMap
 from lightning_efficient_init.load.mapping import map_entries
@@ -114,16 +113,16 @@ def run_plan(
 def _write(model: Module, binding: Binding, settings: Settings, meter: Meter, *, mmap: bool) -> tuple[str, ...]:
     """Give every bound tensor its value, and return their names."""
     names = [*binding.entries, *binding.values, *binding.loaded_by_calls]
-    tensors = _with_memory(model, binding, names)
-    sources = last_per_memory(tensors, binding)
-    pairs = [(name, tensors[name], source) for name, source in sources.items() if isinstance(source, Entry)]
-    if mmap:
-        map_entries(pairs)
-    else:
-        with collections_paused():
+    with undisturbed():
+        tensors = _with_memory(model, binding, names)
+        sources = last_per_memory(tensors, binding)
+        pairs = [(name, tensors[name], source) for name, source in sources.items() if isinstance(source, Entry)]
+        if mmap:
+            map_entries(pairs)
+        else:
             for wave in waves(pairs):
                 stream([(PlainSink(name, tensor), entry) for name, tensor, entry in wave], settings, meter)
-    _note_writes([tensor for _, tensor, _ in pairs])
+        _note_writes([tensor for _, tensor, _ in pairs])
     with torch.inference_mode():  # which may write to inference tensors as well as to others
         for name, value in sources.items():
             if isinstance(value, torch.Tensor):
