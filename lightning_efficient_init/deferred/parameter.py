@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from types import FrameType
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from lightning_efficient_init.deferred.active import current
 from lightning_efficient_init.deferred.recipe import Op, Recipe, Ref, attach, recipe_of
 from lightning_efficient_init.deferred.replay import evaluate
 from lightning_efficient_init.deferred.wording import misuse
+from lightning_efficient_init.errors import DeferredParameterError
 from lightning_efficient_init.garbage import collections_paused
 
 
@@ -133,17 +135,37 @@ def _guarded_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     if in_place or name == "__setitem__" or any(not t.is_meta for t in tensors):
         raise misuse(deferred, f"used in {name or func}")
     out = func(*args, **kwargs)
-    _guard_views(out)
+    _guard_results(out)
     return out
 
 
-def _guard_views(value: Any) -> None:
+def _guard_results(value: Any) -> None:
     if isinstance(value, torch.Tensor):
         if value.is_meta and recipe_of(value) is not None:
             guard(value)
+        elif value.is_meta and type(value) is torch.Tensor and not value.dim():
+            value.__class__ = _Unknown
     elif isinstance(value, tuple | list):
         for item in value:
-            _guard_views(item)
+            _guard_results(item)
+
+
+class _Unknown(torch.Tensor):
+    """A number computed from a deferred parameter, such as its norm: nobody can read it."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _READS:
+            raise DeferredParameterError(
+                f"{getattr(func, '__name__', func)}: the number was computed from a deferred parameter, which has no "
+                "values yet. Call `materialize(model)`, or load a checkpoint into the model, before."
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **(kwargs or {}))
+            _guard_results(out)
+            return out
 
 
 def _get_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -154,12 +176,24 @@ def _get_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return out
 
 
+def _get_device(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Meta; but ``DistributedDataParallel``, which asks before it reads values in C++, is told to wait."""
+    if _caller().f_globals.get("__name__") == "torch.nn.parallel.distributed":
+        raise misuse(args[0], "wrapped in DistributedDataParallel")
+    return func(*args, **kwargs)
+
+
 def _get_is_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """True; but not for ``Module._load_from_state_dict``, which would warn that loading does nothing. Here it does."""
-    frame: Any = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__") == __name__:
+    return _caller().f_code is not torch.nn.Module._load_from_state_dict.__code__
+
+
+def _caller() -> FrameType:
+    """The frame that used a deferred tensor."""
+    frame = sys._getframe(1)
+    while frame.f_globals.get("__name__") == __name__ and frame.f_back is not None:
         frame = frame.f_back
-    return frame is None or frame.f_code is not torch.nn.Module._load_from_state_dict.__code__
+    return frame
 
 
 def _load(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -273,22 +307,19 @@ _HARMLESS = {
     "__hash__",
     "untyped_storage",
 }
+_READS = {_T.item, _T.tolist, _T.numpy, _T.__array__, _T.__bool__, _T.__int__, _T.__float__, _T.__complex__}
+_READS |= {_T.__index__, _T.cpu, _T.cuda}
 _HANDLERS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
     _T.data.__get__: _get_data,  # type: ignore[attr-defined]
     _T.detach: _get_data,
     _T.view: _get_data,
+    _T.device.__get__: _get_device,
     _T.is_meta.__get__: _get_is_meta,  # type: ignore[attr-defined]
     _T.copy_: _load,
     _T.data.__set__: _set_data,  # type: ignore[attr-defined]
     _T.__repr__: _show,
     _T.__format__: _show,
-    _T.numpy: _refuse,
-    _T.__array__: _refuse,
-    _T.tolist: _refuse,
-    _T.item: _refuse,
     _T.data_ptr: _refuse,
-    _T.cpu: _refuse,
-    _T.cuda: _refuse,
     _T.to: _cast,
     _T.half: _cast,
     _T.float: _cast,
@@ -296,3 +327,6 @@ _HANDLERS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
     _T.bfloat16: _cast,
     _T.type: _cast,
 }
+_HANDLERS |= dict.fromkeys(
+    (*_READS, torch.equal, _T.equal, torch.allclose, _T.allclose, torch.nonzero, _T.nonzero), _refuse
+)

@@ -1,24 +1,29 @@
 """Recording construction: parameters become recipes, everything else is real.
 
 How it works
-    Two modes are active under `deferred_init`. The dispatch mode sees every operation that reaches a kernel. What
-    makes memory without values (``torch.empty``) or with random values gives a *deferred* tensor: a meta tensor whose
-    storage carries a `Recipe`. Operations on deferred tensors run on meta, for shapes and aliases, and are written
+    Two modes are active under `deferred_init`. The dispatch mode (dispatch.py) sees every operation that reaches a
+    kernel. What makes memory without values (``torch.empty``) or with random values gives a *deferred* tensor: a meta
+    tensor whose storage carries a `Recipe`. Operations on deferred tensors run on meta, for shapes and aliases, and are written
     down in the recipes of the storages that they write. Everything else (``arange``, ``zeros``, ``tensor`` and what is
     computed from them) runs for real at once, so ``.item()``, NumPy and control flow work as ever; it is written down
     too, since a ``Parameter`` may be made of it. ``Parameter(real)`` gives the memory up and keeps the recipe.
     When values of a deferred tensor are asked for (a branch on a random number) its recipe is run, then and there,
     on scratch memory, with exactly the numbers that eager construction would have drawn.
-    The function mode is for what does not reach a kernel: ``p.device`` and ``p.is_meta`` answer as they would in
-    eager construction, ``p.data = x``, ``p.numpy()``, loading of real weights, and `torch.nn.init` functions, which
+    The function mode (answers.py) is for what does not reach a kernel: ``p.device`` and ``p.is_meta`` answer as they
+    would in eager construction, ``p.data = x``, ``p.numpy()``, loading of real weights, and `torch.nn.init` functions, which
     it runs itself so that no mode below (Lightning's ``_EmptyInit``) skips them.
+    Parameters, pickling and layers that want addresses are seen by patches (patches.py).
     When the recording ends, deferred tensors that no parameter shares get their memory and values in place.
 
 What it costs, and where exactness ends
     On the CPU the generator's place after ``uniform_`` and ``normal_`` is arithmetic. Other random operations
     (``trunc_normal_`` of torch 2.13 draws until all values fit) have to run on scratch when the recording ends, for
-    the generator, and again when the parameter is materialized. On CUDA each kind of operation is measured once.
+    the generator, and again when the parameter is materialized. On CUDA a few small tensors show whether the arithmetic
+    holds, once for each kind of operation.
+    `_VF.lstm`, attention, dropout and norms choose kernels by device before any operation: where a deferred tensor is
+    not for the CPU they run on its values, and a parameter made of the result is real from the start.
     A NumPy array given to ``torch.from_numpy`` is copied up to 1 MiB, so writing to the array later is not seen.
+    Values from outside (a checkpoint) in a parameter make it *loaded*: `empty_init` gives it memory and values.
     A deep copy, a pickle or a sharded version of an *empty* parameter does not take its recipe along.
 
 Decided against

@@ -1,0 +1,142 @@
+"""What raises, and why: one test for each line of the table in the README."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional
+
+from lightning_efficient_init.deferred import deferred_init, is_deferred, materialize
+from lightning_efficient_init.errors import DeferredParameterError, UnrecordableError
+
+
+@pytest.fixture
+def model():
+    with deferred_init():
+        model = nn.Sequential(nn.Linear(3, 4), nn.PReLU())
+    yield model
+    assert is_deferred(model)
+
+
+def unrecordable(match):
+    return pytest.raises(UnrecordableError, match=rf"(?s){match}.*eager")
+
+
+def deferred(match):
+    return pytest.raises(DeferredParameterError, match=rf"(?s){match}.*materialize")
+
+
+@pytest.mark.parametrize("address", [lambda t: t.data_ptr(), lambda t: t.__dlpack__()])
+def test_an_address_is_refused(address):
+    with unrecordable("no memory"), deferred_init():
+        address(nn.Linear(3, 4).weight.detach())
+
+
+def test_mixing_with_a_meta_tensor_is_refused():
+    with unrecordable("on the meta device"), deferred_init():
+        nn.Linear(3, 4).weight.data.add_(torch.ones(4, 3, device="meta"))
+
+
+def test_writing_into_deferred_and_real_tensors_at_once_is_refused():
+    with unrecordable("into a real one at once"), deferred_init():
+        torch.sort(torch.rand(5), out=(torch.empty(5), torch.zeros(5, dtype=torch.int64)))
+
+
+def test_exchanging_memory_for_outside_memory_is_refused():
+    outside = torch.ones(4, 3)
+    with unrecordable("exchanges the memory"), deferred_init():
+        nn.Linear(3, 4).weight.data.set_(outside)
+
+
+def test_numpy_writing_into_memory_that_a_parameter_was_made_of_is_refused():
+    with unrecordable("memory that a deferred parameter shares"), deferred_init():
+        table = torch.zeros(4)
+        nn.Parameter(table)
+        table.numpy()[:] = 1
+
+
+def test_a_new_tensor_of_data_through_a_deferred_one_is_refused():
+    with unrecordable("asks a deferred tensor for its type"), deferred_init():
+        nn.Linear(3, 4).weight.data.new([1.0])
+
+
+@pytest.mark.gpu
+def test_deferred_running_statistics_are_refused():
+    with unrecordable("running statistics"), deferred_init(), torch.device("cuda"):
+        functional.batch_norm(torch.rand(3, 4), torch.rand(4), torch.rand(4), training=True)
+
+
+def test_saving_inside_the_context_is_refused():
+    with deferred("saved or pickled"), deferred_init():
+        torch.save(nn.Linear(3, 4).state_dict(), io.BytesIO())
+
+
+def test_a_forward_is_refused(model):
+    with deferred("weight of Linear.*used in"):
+        model(torch.ones(2, 3))
+
+
+def test_an_initializer_after_the_context_is_refused(model):
+    with deferred("weight of Linear.*used in"):
+        nn.init.zeros_(model[0].weight)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda m: m[1].weight.item(),
+        lambda m: float(m[1].weight),
+        lambda m: bool(m[1].weight),
+        lambda m: m[0].weight.tolist(),
+        lambda m: m[0].weight.detach().numpy(),
+        lambda m: torch.equal(m[0].weight, m[0].weight),
+        lambda m: m[0].weight.nonzero(),
+    ],
+)
+def test_reading_values_is_refused(read, model):
+    with deferred("weight of"):
+        read(model)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda m: m[0].weight.sum().item(),
+        lambda m: float(m[0].weight.norm() * 2),
+        lambda m: bool(m[0].weight.detach().max() > 1),
+        lambda m: (m[0].weight.mean() / 2).tolist(),
+    ],
+)
+def test_reading_a_number_computed_from_a_deferred_parameter_is_refused(read, model):
+    with deferred("computed from a deferred parameter"):
+        read(model)
+
+
+@pytest.mark.parametrize("move", [lambda m: m.to("cpu"), lambda m: m.cpu(), lambda m: m.cuda()])
+def test_moving_to_a_device_is_refused(move, model):
+    with deferred("weight of Linear"):
+        move(model)
+
+
+@pytest.mark.parametrize("save", [lambda m, f: torch.save(m.state_dict(), f), torch.save])
+def test_saving_is_refused(save, model):
+    with deferred("weight of Linear.*saved or pickled"):
+        save(model, io.BytesIO())
+
+
+def test_ddp_is_refused(model):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with deferred("wrapped in DistributedDataParallel"):
+            nn.parallel.DistributedDataParallel(model)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_materializing_parameters_of_the_meta_device_is_refused():
+    with pytest.raises(DeferredParameterError, match=r"without a recipe.*deferred_init"):
+        materialize(nn.Linear(3, 4, device="meta"))
