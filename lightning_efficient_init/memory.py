@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-SAMPLE_S = 0.002
+SAMPLE_S = 0.005
 
 
 def anonymous_bytes() -> int:

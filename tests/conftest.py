@@ -11,9 +11,20 @@ def pytest_collection_modifyitems(items):
         return
     for item in items:
         if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; this machine has none"))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     return torch.device("cuda", 0) if request.param == "cuda" else torch.device("cpu")
+
+
+@pytest.fixture
+def bytes_read():
+    """Bytes that this process has asked the system to read so far, whether from a disk or not."""
+
+    def read():
+        with open("/proc/self/io", "rb") as io:
+            return int(next(line for line in io if line.startswith(b"rchar:")).split()[1])
+
+    return read

@@ -51,7 +51,7 @@ def test_the_seeds_snippet_runs_as_written(checkpoint, precision, strategy, devi
     trainer.fit(model, loader())
 
 
-def test_no_optimizer_state_is_read(tmp_path):
+def test_no_optimizer_state_is_read(tmp_path, bytes_read):
     trainer = quiet_trainer()
     trainer.fit(Regression(width=60_000), loader())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -61,11 +61,6 @@ def test_no_optimizer_state_is_read(tmp_path):
         before = bytes_read()
         Regression.load_from_checkpoint(tmp_path / "a.ckpt")
     assert bytes_read() - before < 1.05 * weights + 200_000
-
-
-def bytes_read() -> int:
-    with open("/proc/self/io") as file:
-        return int(file.readline().split()[1])
 
 
 def test_keyword_arguments_override_hyperparameters(checkpoint):

@@ -57,7 +57,7 @@ def build_files(name: str, folder: Path) -> None:
         model = build(name).cpu()
         torch.set_default_dtype(torch.float32)
     weights = model.state_dict()
-    torch.save(weights, folder / "llama.pth")
+    torch.save(weights, folder / "model.pth")
     (folder / "sharded").mkdir()
     weight_map = {}
     keys = list(weights)
@@ -75,7 +75,7 @@ def build_files(name: str, folder: Path) -> None:
         "epoch": 0,
         "loops": {},
     }
-    torch.save(checkpoint, folder / "llama.ckpt")
+    torch.save(checkpoint, folder / "model.ckpt")
 
 
 def stock_fabric(**kwargs: Any) -> L.Fabric:
@@ -95,102 +95,74 @@ def trainer(**kwargs: Any) -> L.Trainer:
     return L.Trainer(accelerator=ACCELERATOR, devices=1, **quiet, **kwargs)
 
 
-Row = Callable[[str, Path], Iterator[nn.Module | None]]
-ROWS: dict[str, Row] = {}
+Way = Callable[[str, Path], Iterator[nn.Module | None]]
+"""Builds a model by name and loads it from a folder. Yields when it is set up, when the model is built (if that is a
+step of its own), and with the loaded model."""
 
 
-def row(title: str) -> Callable[[Row], Row]:
-    """Register a way to build and load. It yields when it is set up, when the model is built, and with the model."""
+def in_fabric(make_fabric: Callable[[], L.Fabric], load: Callable[[L.Fabric, nn.Module, Path], object]) -> Way:
+    """Build under ``init_module(empty_init=True)``, then load."""
 
-    def register(function: Row) -> Row:
-        ROWS[title] = function
-        return function
+    def way(name: str, folder: Path) -> Iterator[nn.Module | None]:
+        fabric = make_fabric()
+        yield None
+        with fabric.init_module(empty_init=True):
+            model = build(name)
+        yield None
+        load(fabric, model, folder)
+        yield model
 
-    return register
-
-
-@row("Lightning: init_module(empty_init=True), load_raw")
-def _(name: str, folder: Path) -> Iterator[nn.Module | None]:
-    fabric = stock_fabric()
-    yield None
-    with fabric.init_module(empty_init=True):
-        model = build(name)
-    yield None
-    fabric.load_raw(folder / "llama.pth", model)
-    yield model
+    return way
 
 
-@row("Lightning: the same with its lazy loader")
-def _(name: str, folder: Path) -> Iterator[nn.Module | None]:
-    fabric = stock_fabric()
-    yield None
-    with fabric.init_module(empty_init=True):
-        model = build(name)
-    yield None
-    state = {key: value._load_tensor() for key, value in _lazy_load(folder / "llama.pth").items()}
-    model.load_state_dict(state)
-    yield model
+def in_trainer(**kwargs: Any) -> Way:
+    """The snippet of Lightning's documentation."""
+
+    def way(name: str, folder: Path) -> Iterator[nn.Module | None]:
+        runner = trainer(**kwargs)
+        yield None
+        with runner.init_module(empty_init=True):
+            module = Module.load_from_checkpoint(folder / "model.ckpt")
+        yield module.model
+
+    return way
 
 
-@row("Lightning: the same with torch.load(mmap=True)")
-def _(name: str, folder: Path) -> Iterator[nn.Module | None]:
-    fabric = stock_fabric()
-    yield None
-    with fabric.init_module(empty_init=True):
-        model = build(name)
-    yield None
-    model.load_state_dict(torch.load(folder / "llama.pth", mmap=True))
-    yield model
+def load_raw(file: str) -> Callable[[L.Fabric, nn.Module, Path], object]:
+    """Fabric's own function."""
+    return lambda fabric, model, folder: fabric.load_raw(folder / file, model)
 
 
-@row("ours: init_module(empty_init=True), load_raw of .pth")
-def _(name: str, folder: Path) -> Iterator[nn.Module | None]:
-    fabric = our_fabric()
-    yield None
-    with fabric.init_module(empty_init=True):
-        model = build(name)
-    yield None
-    fabric.load_raw(folder / "llama.pth", model)
-    yield model
+def load_lazily(fabric: L.Fabric, model: nn.Module, folder: Path) -> object:
+    """Lightning's lazy loader, as lit-llama uses it: one read for each tensor."""
+    state = {key: value._load_tensor() for key, value in _lazy_load(folder / "model.pth").items()}
+    return model.load_state_dict(state)
 
 
-@row("ours: the same from 3 safetensors shards")
-def _(name: str, folder: Path) -> Iterator[nn.Module | None]:
-    fabric = our_fabric()
-    yield None
-    with fabric.init_module(empty_init=True):
-        model = build(name)
-    yield None
-    fabric.load_raw(folder / "sharded", model)
-    yield model
+def load_mapped(fabric: L.Fabric, model: nn.Module, folder: Path) -> object:
+    """Memory mapping by ``torch.load``."""
+    return model.load_state_dict(torch.load(folder / "model.pth", mmap=True))
 
 
-@row("Lightning: Trainer, load_from_checkpoint")
-def _(name: str, folder: Path) -> Iterator[nn.Module | None]:
-    runner = trainer(precision="bf16-true")
-    yield None
-    with runner.init_module(empty_init=True):
-        model = Module.load_from_checkpoint(folder / "llama.ckpt")
-    yield model.model
-
-
-@row("ours: Trainer, load_from_checkpoint")
-def _(name: str, folder: Path) -> Iterator[nn.Module | None]:
-    runner = trainer(plugins=[EfficientInit("bf16-true")])
-    yield None
-    with runner.init_module(empty_init=True):
-        model = Module.load_from_checkpoint(folder / "llama.ckpt")
-    yield model.model
+WAYS: dict[str, Way] = {
+    "Lightning: init_module(empty_init=True), load_raw": in_fabric(stock_fabric, load_raw("model.pth")),
+    "Lightning: the same with its lazy loader": in_fabric(stock_fabric, load_lazily),
+    "Lightning: the same with torch.load(mmap=True)": in_fabric(stock_fabric, load_mapped),
+    "ours: init_module(empty_init=True), load_raw of .pth": in_fabric(our_fabric, load_raw("model.pth")),
+    "ours: the same from 3 safetensors shards": in_fabric(our_fabric, load_raw("sharded")),
+    "Lightning: Trainer, load_from_checkpoint": in_trainer(precision="bf16-true"),
+    "ours: Trainer, load_from_checkpoint": in_trainer(plugins=[EfficientInit("bf16-true")]),
+}
 
 
 def measure(title: str, name: str, folder: Path, *, check: bool) -> dict[str, Any]:
     """Run one row in this process."""
     if DEVICE.type == "cuda":
         torch.zeros(1, device=DEVICE)
-    steps = ROWS[title](name, folder)
+    steps = WAYS[title](name, folder)
     next(steps)
     marks = [time.perf_counter()]
-    with PeakMemory([DEVICE], in_background=True) as memory:
+    with PeakMemory(in_background=True) as memory:  # the device keeps count itself
         for step in steps:
             model = step
             if DEVICE.type == "cuda":
@@ -207,7 +179,7 @@ def measure(title: str, name: str, folder: Path, *, check: bool) -> dict[str, An
         "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
     }
     if check:
-        result["is_equal"] = is_equal(model, torch.load(folder / "llama.pth", mmap=True))
+        result["is_equal"] = is_equal(model, torch.load(folder / "model.pth", mmap=True))
     return result
 
 
@@ -265,6 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="7B", choices=[*SIZES, "many"])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--stock-rounds", type=int, help="fewer rounds for Lightning's own ways, which take long")
     parser.add_argument("--only", default="", help="run only the rows whose title contains this")
     parser.add_argument("--folder", type=Path, help="where the files are, or go; by default a temporary folder")
     parser.add_argument("--json", type=Path, help="also write all measurements here")
@@ -282,10 +255,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         subprocess.run([sys.executable, __file__, "--model", args.model, "--folder", folder, "--build"], check=True)
-        results: dict[str, list[dict[str, Any]]] = {title: [] for title in ROWS if args.only in title}
+        results: dict[str, list[dict[str, Any]]] = {title: [] for title in WAYS if args.only in title}
         for i in range(args.rounds):
             for title, rounds in results.items():
-                rounds.append(run_row(title, args.model, Path(folder), check=i == 0))
+                if i < (args.stock_rounds or args.rounds) or title.startswith("ours"):
+                    rounds.append(run_row(title, args.model, Path(folder), check=i == 0))
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
     print_table(results, args.model)

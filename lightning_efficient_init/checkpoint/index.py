@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -20,6 +18,7 @@ from lightning_efficient_init.checkpoint.torch_zip import TorchZip
 from lightning_efficient_init.checkpoint.weights import weights_of
 from lightning_efficient_init.checkpoint.wording import DOWNLOAD_AGAIN, explain
 from lightning_efficient_init.errors import CheckpointError, CheckpointReadError, CorruptCheckpointError
+from lightning_efficient_init.garbage import collections_paused
 
 _FILES: Final[tuple[CheckpointFormat, ...]] = (TorchZip(), LegacyTorch(), Safetensors())
 _FOLDERS: Final[tuple[CheckpointFormat, ...]] = (HuggingFaceFolder(_FILES), DistributedFolder(), DeepSpeedFolder())
@@ -81,7 +80,7 @@ def index_checkpoint(
 def index_tree(path: str | os.PathLike[str], *, weights_only: bool = True) -> CheckpointTree:
     """Indexes a checkpoint without choosing what its weights are (see `weights_of`); raises as `index_checkpoint`."""
     asked = os.fsdecode(path)
-    with _reported(asked), _collections_paused():
+    with _reported(asked), collections_paused():
         found = _read(os.path.abspath(asked), weights_only=weights_only)
     return CheckpointTree(asked, found.format, found.files, found.tree)
 
@@ -121,24 +120,3 @@ def _read_head(path: str) -> bytes | None:
         return None
     with CheckpointFile(path) as file:
         return file.read(0, min(_HEAD_BYTES, file.num_bytes))
-
-
-_pausing = threading.Lock()
-_pauses: Final[list[bool]] = []  # one for each thread inside; the first says whether collection was enabled before
-
-
-@contextlib.contextmanager
-def _collections_paused() -> Iterator[None]:
-    """Keeps the garbage collector from going through a growing index again and again: a quarter of the time.
-
-    Nothing is lost by it: an index is all new objects, and none of them garbage. The last thread out turns it on again.
-    """
-    with _pausing:
-        _pauses.append(_pauses[0] if _pauses else gc.isenabled())
-        gc.disable()
-    try:
-        yield
-    finally:
-        with _pausing:
-            if _pauses.pop() and not _pauses:
-                gc.enable()

@@ -155,7 +155,7 @@ class LazyTensor(torch.Tensor):
         return copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.read().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+        return self.read().__reduce_ex__(protocol)
 
 
 class _Source:

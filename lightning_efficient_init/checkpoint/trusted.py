@@ -70,10 +70,8 @@ class _TrustingUnpickler(pickle.Unpickler):
         stored = self._read_storage(data)
         key = (stored.key, stored.view_offset, stored.num_bytes, stored.dtype)
         if key not in self._by_key:
-            storage = torch.UntypedStorage(stored.num_bytes, device="meta")  # type: ignore[no-untyped-call]
-            self._by_key[key] = torch.storage.TypedStorage(  # type: ignore[no-untyped-call]
-                wrap_storage=storage, dtype=stored.dtype, _internal=True
-            )
+            storage = torch.UntypedStorage(stored.num_bytes, device="meta")
+            self._by_key[key] = torch.storage.TypedStorage(wrap_storage=storage, dtype=stored.dtype, _internal=True)
             self._stored[storage._cdata] = stored
         return self._by_key[key]
 

@@ -96,10 +96,17 @@ def _holds_weights(value: Any) -> bool:
 
 
 def _is_state_dict(value: Mapping[Any, Any]) -> bool:
-    """Whether all keys are names and all values tensors, but for a module's extra state (any object, by contract)."""
+    """Whether all keys are names and all values states of modules."""
     return any(isinstance(item, Entry) for item in value.values()) and all(
-        isinstance(name, str) and (isinstance(item, Entry) or _is_extra(name)) for name, item in value.items()
+        isinstance(name, str) and _is_state(name, item) for name, item in value.items()
     )
+
+
+def _is_state(name: str, item: Any) -> bool:
+    """A tensor; a list of tensors, as metrics of torchmetrics have; or an extra state (any object, by contract)."""
+    if isinstance(item, list):
+        return all(isinstance(member, Entry) for member in item)
+    return isinstance(item, Entry) or _is_extra(name)
 
 
 def _is_extra(name: str) -> bool:

@@ -11,6 +11,7 @@ from lightning_efficient_init.deferred.materialize import (
     is_deferred,
     materialize,
 )
+from lightning_efficient_init.deferred.parameter import undisturbed
 from lightning_efficient_init.deferred.record import deferred_init, eager, empty_init
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "initialize",
     "is_deferred",
     "materialize",
+    "undisturbed",
     "uninitialized_parameters",
     "watch",
 ]

@@ -7,7 +7,6 @@ No mode is active then, so a deferred parameter guards itself: its class is exch
 
 from __future__ import annotations
 
-import gc
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +23,7 @@ from lightning_efficient_init.deferred.recipe import Op, Recipe, Ref, attach, re
 from lightning_efficient_init.deferred.replay import evaluate
 from lightning_efficient_init.deferred.wording import misuse
 from lightning_efficient_init.errors import DeferredParameterError
+from lightning_efficient_init.garbage import collections_paused
 
 
 def exchange(tensor: torch.Tensor, data: torch.Tensor) -> None:
@@ -40,14 +40,8 @@ def exchange(tensor: torch.Tensor, data: torch.Tensor) -> None:
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Work of ours that no mode, nor autograd is to see; nor the garbage collector: many objects, no garbage."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
-            yield
-    finally:
-        if collects:
-            gc.enable()
+    with collections_paused(), torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
+        yield
 
 
 def give_memory(tensors: Iterable[torch.Tensor], storage: torch.UntypedStorage) -> None:

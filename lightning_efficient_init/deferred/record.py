@@ -149,6 +149,7 @@ class Recorder:
         self.recurrent: list[weakref.ref[torch.nn.RNNBase]] = []
         self._parameters: dict[int, weakref.ref[torch.Tensor]] = {}
         self._tensors: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._sharing: dict[int, dict[int, weakref.ref[torch.Tensor]]] = {}  # by recipe
         self._twinned: list[Recipe] = []
 
     # -- the lifecycle
@@ -187,6 +188,7 @@ class Recorder:
             for tensor in tensors:
                 parameter.guard(tensor)
         self._tensors.clear()
+        self._sharing.clear()
 
     @parameter.undisturbed()
     def abandon(self) -> None:
@@ -195,6 +197,7 @@ class Recorder:
             for tensor in tensors:
                 parameter.guard(tensor)
         self._tensors.clear()
+        self._sharing.clear()
 
     @parameter.undisturbed()
     def allocate(self) -> None:
@@ -216,7 +219,9 @@ class Recorder:
             if value.is_meta:
                 known = self._tensors.get(id(value))
                 if known is None or known() is not value:
-                    self._tensors[id(value)] = weakref.ref(value)
+                    known = self._tensors[id(value)] = weakref.ref(value)
+                if (recipe := recipe_of(value)) is not None:
+                    self._sharing.setdefault(id(recipe), {})[id(value)] = known
         elif isinstance(value, tuple | list):
             for item in value:
                 self.track(item)
@@ -230,7 +235,8 @@ class Recorder:
 
     def aliases(self, recipe: Recipe) -> list[torch.Tensor]:
         """Living tensors that share the memory of ``recipe``."""
-        return [t for t in _living(self._tensors.values()) if t.is_meta and recipe_of(t) is recipe]
+        candidates = _living(self._sharing.get(id(recipe), {}).values())
+        return [t for t in candidates if t.is_meta and recipe_of(t) is recipe]
 
     def bind(self, tensor: torch.Tensor, *, is_overwritten: bool) -> None:
         """Give a deferred tensor, and all that shares its memory, memory now, and values where those are needed."""

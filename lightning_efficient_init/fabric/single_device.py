@@ -117,6 +117,6 @@ class EfficientSingleDeviceStrategy(FollowsAcceleratorDevice, SingleDeviceStrate
 
 def _load_modules(wanted: Sequence[tuple[Module, CheckpointTree, str | None]], strict: bool) -> None:
     """Plan all modules first: nothing changes unless everything fits."""
-    plans = [(module, plan_part(module, found, key, strict=strict)) for module, found, key in wanted]
-    for module, plan in plans:
-        run_plan(module, plan, Settings())
+    plans = [plan_part(module, found, key, strict=strict) for module, found, key in wanted]
+    for plan in plans:
+        run_plan(plan, Settings())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from lightning_efficient_init.errors import CheckpointError, shorten
 
@@ -32,12 +32,35 @@ def match_keys(checkpoint_keys: Iterable[str], model_keys: Iterable[str], key_ma
     Raises:
         CheckpointError: Several prefixes fit equally well, or two keys end up at one name.
     """
+    names = set(model_keys)
+    model_names = {_strip_wrappers(name): name for name in names}
     if key_map is not None:
-        return _unique(_apply(checkpoint_keys, key_map))
-    model_names = {_strip_wrappers(key): key for key in model_keys}
+        mapped = _apply(checkpoint_keys, key_map)
+        return _unique({key: name if name in names else model_names.get(name, name) for key, name in mapped.items()})
     plain = {key: _strip_wrappers(key) for key in checkpoint_keys}
     rename = _prefix_change(set(plain.values()), set(model_names))
     return _unique({key: model_names.get(rename(name), rename(name)) for key, name in plain.items()})
+
+
+def rename_modules(metadata: Any, names: Mapping[str, str]) -> dict[str, Any] | None:
+    """Let what a state dict says of its modules (their versions) follow the renaming of its keys.
+
+    Args:
+        metadata: Name of a module in the checkpoint to what is said of it; what is no mapping is passed over.
+        names: Checkpoint key to model key.
+    """
+    if not isinstance(metadata, Mapping) or not metadata:
+        return None
+    renamed: dict[str, Any] = {}
+    for key, name in names.items():
+        old, new = key.split("."), name.split(".")
+        while old and new and old.pop() == new.pop():
+            module = ".".join(new)
+            if module in renamed:
+                break
+            if (found := metadata.get(".".join(old))) is not None:
+                renamed[module] = found
+    return renamed
 
 
 def _apply(keys: Iterable[str], key_map: KeyMap) -> dict[str, str]:

@@ -8,16 +8,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
-from torch.nn import Module
+from torch.nn import Module, Parameter
 
 from lightning_efficient_init.checkpoint import Entry
-from lightning_efficient_init.deferred import allocate, eager, forget, has_recipe, initialize, is_deferred
-from lightning_efficient_init.errors import DeferredParameterError, shorten
+from lightning_efficient_init.deferred import allocate, eager, forget, has_recipe, initialize, undisturbed
+from lightning_efficient_init.errors import CheckpointError, DeferredParameterError, shorten
 from lightning_efficient_init.load.bind import Binding, named_state
 from lightning_efficient_init.load.keys import KeyMap
 from lightning_efficient_init.load.mapping import map_entries
+from lightning_efficient_init.load.order import last_per_memory, waves
 from lightning_efficient_init.load.pipeline import Settings, transfer
-from lightning_efficient_init.load.plan import LoadPlan, plan_load, unwrap
+from lightning_efficient_init.load.plan import LoadPlan, plan_load
 from lightning_efficient_init.load.report import LoadReport, Meter
 from lightning_efficient_init.sinks import PlainSink, Segment, Sink
 
@@ -53,7 +54,7 @@ def load_checkpoint(
         weights_only: Whether the checkpoint's pickle may only hold tensors and plain containers. ``False`` runs
             whatever code it brings along.
         host_buffer_bytes: Upper bound of the staging memory on the host, in bytes.
-        num_threads: Threads that read; by default the cores available to the process, at most 16.
+        num_threads: Threads that read; by default the cores available to the process, at most 12.
         progress: Whether to show a bar; by default on a terminal, if the load takes more than a moment.
         mmap: Whether parameters on the CPU become the file's private mapping: nothing is copied or read until it is
             used, and writing to a parameter never reaches the file.
@@ -76,11 +77,10 @@ def load_checkpoint(
         plan = plan_load(
             model, path, strict=strict, key_map=key_map, ignore_mismatched=ignore_mismatched, weights_only=weights_only
         )
-        return run_plan(model, plan, settings, progress=progress, mmap=mmap, started=started)
+        return run_plan(plan, settings, progress=progress, mmap=mmap, started=started)
 
 
 def run_plan(
-    model: Module,
     plan: LoadPlan,
     settings: Settings,
     *,
@@ -90,18 +90,20 @@ def run_plan(
 ) -> LoadReport:
     """Carry out a plan; see ``load_checkpoint``."""
     started = time.perf_counter() if started is None else started
-    model = unwrap(model)
+    model = plan.binding.module
     devices = {tensor.device for tensor in plan.binding.tensors.values()}
-    with Meter(plan.num_bytes, devices, progress) as meter:
+    num_bytes = plan.num_bytes
+    with Meter(num_bytes, devices, progress) as meter:
         loaded = _write(model, plan.binding, settings, meter, mmap=mmap)
-        initialized = _initialize_rest(model, plan)
+        initialized = _initialize_rest(model, plan.binding)
+        _forget(model, plan.binding.tensors, plan.binding.loaded_by_calls)
     return LoadReport(
         loaded=loaded,
         initialized=initialized,
         missing=plan.missing,
         unexpected=plan.unexpected,
         mismatched=tuple(plan.mismatched),
-        num_bytes=plan.num_bytes,
+        num_bytes=num_bytes,
         elapsed_s=time.perf_counter() - started,
         peak_host_bytes=meter.memory.host_bytes,
         peak_device_bytes=meter.memory.device_bytes,
@@ -110,81 +112,106 @@ def run_plan(
 
 def _write(model: Module, binding: Binding, settings: Settings, meter: Meter, *, mmap: bool) -> tuple[str, ...]:
     """Give every bound tensor its value, and return their names."""
-    names = [*binding.entries, *binding.values]
-    tensors = _with_memory(model, binding, names)
-    pairs = _last_per_tensor(tensors, binding.entries)
-    if mmap:
-        map_entries(pairs)
-    else:
-        stream([(PlainSink(name, tensor), entry) for name, tensor, entry in pairs], settings, meter)
-    with torch.no_grad():
-        for name, value in binding.values.items():
-            tensors[name].copy_(value)
-    for call in binding.calls:
-        call()
-    forget(model, _parameters_among(model, names))
+    names = [*binding.entries, *binding.values, *binding.loaded_by_calls]
+    with undisturbed():
+        tensors = _with_memory(model, binding, names)
+        sources = last_per_memory(tensors, binding)
+        pairs = [(name, tensors[name], source) for name, source in sources.items() if isinstance(source, Entry)]
+        if mmap:
+            map_entries(pairs)
+        else:
+            for wave in waves(pairs):
+                stream([(PlainSink(name, tensor), entry) for name, tensor, entry in wave], settings, meter)
+        _note_writes([tensor for _, tensor, _ in pairs])
+    with torch.inference_mode():  # which may write to inference tensors as well as to others
+        for name, value in sources.items():
+            if isinstance(value, torch.Tensor):
+                tensors[name].copy_(value)
+    try:
+        for call in binding.calls:
+            call()
+    except CheckpointError as error:
+        error.add_written(names)
+        raise
+    _forget(model, tensors, [*binding.entries, *binding.values])
     return tuple(names)
 
 
-def _with_memory(model: Module, binding: Binding, names: Sequence[str]) -> dict[str, torch.Tensor]:
+def _note_writes(tensors: Sequence[torch.Tensor]) -> None:
+    """Count a write, as ``copy_`` does, so that a backward pass that needs the old values says so."""
+    torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
+
+
+def _with_memory(model: Module, binding: Binding, names: Sequence[str]) -> Mapping[str, torch.Tensor]:
     """The tensors to write, after deferred ones among them got memory."""
-    deferred = [name for name in names if is_deferred(binding.tensors[name])]
-    if bare := [name for name in names if binding.tensors[name].is_meta and name not in deferred]:
+    deferred = [name for name in names if _is_meta(binding.tensors[name])]
+    if not deferred:
+        return binding.tensors
+    if bare := [name for name in deferred if not has_recipe(binding.tensors[name])]:
         raise DeferredParameterError(
             f"{shorten(bare)}: on the meta device, without a recipe that says where it belongs, so there is no memory "
             "to load into. Build the model under deferred_init() instead of torch.device('meta'), or call "
             "model.to_empty(device=...) first."
         )
-    allocate(model, names=deferred)
-    return {**binding.tensors, **named_state(model)} if deferred else binding.tensors
+    allocate(model, names=[name for name in deferred if isinstance(binding.tensors[name], Parameter)])
+    if any(_is_meta(binding.tensors[name]) for name in deferred):
+        allocate(model)  # buffers that are views of parameters get their memory from those
+    return {**binding.tensors, **named_state(model)}
 
 
-def _parameters_among(model: Module, names: Sequence[str]) -> list[str]:
-    """Those of ``names`` that are parameters; only these are ever deferred or empty."""
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return [name for name in names if name in parameters]
+def _is_meta(tensor: torch.Tensor) -> bool:
+    """The truth, also while construction is recorded and deferred tensors answer for the device they will be on."""
+    with torch._C.DisableTorchFunction():
+        return tensor.is_meta
 
 
-def _last_per_tensor(
-    tensors: Mapping[str, torch.Tensor], entries: Mapping[str, Entry]
-) -> list[tuple[str, torch.Tensor, Entry]]:
-    """One entry for each tensor; of several for tied names the last one counts, as in ``load_state_dict``."""
-    by_tensor = {id(tensors[name]): (name, tensors[name], entry) for name, entry in entries.items()}
-    return list(by_tensor.values())
+def _forget(model: Module, tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> None:
+    """Drop the recipes of what has been written."""
+    written = [name for name in names if isinstance(tensors[name], Parameter) and has_recipe(tensors[name])]
+    if written:
+        forget(model, written)
 
 
 def stream(pairs: Sequence[tuple[Sink, Entry]], settings: Settings, meter: Meter) -> None:
     """Fill each sink from its entry. What needs scratch memory goes in batches that the host buffer could hold."""
     done = 0
-    for batch in _batches(pairs, settings.host_buffer_bytes):
+    written: list[str] = []
+    for batch, is_direct in _batches(pairs, settings.host_buffer_bytes):
         segments: list[Segment] = [segment for sink, entry in batch for segment in sink.segments(entry)]
-        done += transfer(segments, settings, partial(_tick, meter, done))
+        try:
+            done += transfer(segments, settings, partial(_tick, meter, done))
+        except CheckpointError as error:
+            error.add_written([*written, *(error.written if is_direct else ())])  # else only scratch was touched
+            raise
         for sink, _ in batch:
             sink.finish()
+        written += dict.fromkeys(segment.name for segment in segments)
 
 
 def _tick(meter: Meter, done_before: int, done: int) -> None:
     meter.tick(done_before + done)
 
 
-def _batches(pairs: Sequence[tuple[Sink, Entry]], max_scratch: int) -> Iterator[list[tuple[Sink, Entry]]]:
-    """All that needs no scratch first, then as many of the others at a time as fit, at least one."""
-    yield [(sink, entry) for sink, entry in pairs if not sink.scratch_bytes(entry)]
+def _batches(pairs: Sequence[tuple[Sink, Entry]], max_scratch: int) -> Iterator[tuple[list[tuple[Sink, Entry]], bool]]:
+    """All that needs no scratch first (True), then as many of the others at a time as fit, at least one (False)."""
+    needs = [sink.scratch_bytes(entry) for sink, entry in pairs]
+    yield [pair for pair, need in zip(pairs, needs, strict=True) if not need], True
     batch: list[tuple[Sink, Entry]] = []
     scratch = 0
-    for sink, entry in pairs:
-        if need := sink.scratch_bytes(entry):
-            if batch and scratch + need > max_scratch:
-                yield batch
-                batch, scratch = [], 0
-            batch.append((sink, entry))
-            scratch += need
+    for pair, need in zip(pairs, needs, strict=True):
+        if not need:
+            continue
+        if batch and scratch + need > max_scratch:
+            yield batch, False
+            batch, scratch = [], 0
+        batch.append(pair)
+        scratch += need
     if batch:
-        yield batch
+        yield batch, False
 
 
-def _initialize_rest(model: Module, plan: LoadPlan) -> tuple[str, ...]:
-    """Run the initializers of parameters that the checkpoint has no value for, where they have not run yet."""
-    rest = (*plan.missing, *plan.mismatched)
-    pending = [name for name in rest if name in plan.binding.tensors and has_recipe(plan.binding.tensors[name])]
-    return tuple(initialize(model, pending)) if pending else ()
+def _initialize_rest(model: Module, binding: Binding) -> tuple[str, ...]:
+    """Run the initializers of parameters that nobody has written by now, also of those that a load hook forgave."""
+    if not any(has_recipe(tensor) for tensor in binding.tensors.values()):
+        return ()
+    return tuple(initialize(model))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import torch
 
 from lightning_efficient_init.checkpoint import Entry
-from lightning_efficient_init.errors import CheckpointError
+from lightning_efficient_init.errors import CheckpointError, CheckpointReadError, CorruptCheckpointError
+from lightning_efficient_init.sinks import PLAIN_TYPES
 
 Pairs = Sequence[tuple[str, torch.Tensor, Entry]]
 
@@ -23,19 +25,72 @@ def map_entries(pairs: Pairs) -> None:
         CheckpointError: A tensor cannot be a mapping; nothing has changed.
     """
     _refuse_unmappable(pairs)
-    storages: dict[str, torch.UntypedStorage] = {}
-    for _, tensor, entry in pairs:
-        if entry.file not in storages:
-            size = os.path.getsize(entry.file)
-            storages[entry.file] = torch.UntypedStorage.from_file(  # type: ignore[assignment]
-                entry.file, shared=False, nbytes=size
-            )
-        tensor.data = _view(storages[entry.file], entry)
+    mappings = _Mappings()
+    views = [_view(mappings.storage(name, entry), tensor, entry) for name, tensor, entry in pairs]
+    for (_, tensor, _), view in zip(pairs, views, strict=True):
+        tensor.data = view
 
 
-def _view(storage: torch.UntypedStorage, entry: Entry) -> torch.Tensor:
-    empty = torch.empty(0, dtype=entry.dtype)
-    return empty.set_(storage, entry.offset // entry.dtype.itemsize, entry.shape, entry.stride)
+class _Mappings:
+    """The files' mappings: one for each file, and another one where tensors that are not tied share bytes in it."""
+
+    def __init__(self) -> None:
+        self._by_file: dict[str, list[tuple[torch.UntypedStorage, _Extents]]] = {}
+
+    def storage(self, name: str, entry: Entry) -> torch.UntypedStorage:
+        """A mapping of the entry's file in which no other tensor has its bytes."""
+        mappings = self._by_file.setdefault(entry.file, [])
+        chosen = next((storage for storage, extents in mappings if extents.add(entry)), None)
+        if chosen is None:
+            chosen, extents = _map_file(name, entry), _Extents()
+            extents.add(entry)
+            mappings.append((chosen, extents))
+        _check_inside(name, entry, chosen.nbytes())
+        return chosen
+
+
+class _Extents:
+    """Runs of bytes that do not overlap."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+
+    def add(self, entry: Entry) -> bool:
+        """Take in the entry's bytes, unless some of them are here already."""
+        if not entry.numel:
+            return True
+        start, end = entry.offset, entry.offset + entry.extent_bytes
+        at = bisect_left(self._ends, start + 1)
+        if at < len(self._starts) and self._starts[at] < end:
+            return False
+        self._starts.insert(at, start)
+        self._ends.insert(at, end)
+        return True
+
+
+def _map_file(name: str, entry: Entry) -> torch.UntypedStorage:
+    try:
+        num_bytes = os.path.getsize(entry.file)
+    except OSError as error:
+        raise CheckpointReadError(
+            f"{entry.file}: {error} (tensor {name!r}). Check the path, then load again."
+        ) from error
+    return torch.UntypedStorage.from_file(entry.file, shared=False, nbytes=num_bytes)  # type: ignore[return-value]
+
+
+def _check_inside(name: str, entry: Entry, num_bytes: int) -> None:
+    end = entry.offset + entry.extent_bytes
+    if num_bytes < end:
+        raise CorruptCheckpointError(
+            f"{entry.file}: expected bytes up to {end} (tensor {name!r}), but the file ends at {num_bytes}. It was "
+            "changed after its header was read: copy or download it again."
+        )
+
+
+def _view(storage: torch.UntypedStorage, tensor: torch.Tensor, entry: Entry) -> torch.Tensor:
+    first = entry.offset // entry.dtype.itemsize
+    return torch.empty(0, dtype=entry.dtype, device="cpu").set_(storage, first, tensor.shape, tensor.stride())
 
 
 def _refuse_unmappable(pairs: Pairs) -> None:
@@ -50,8 +105,12 @@ def _refuse_unmappable(pairs: Pairs) -> None:
 def _obstacle(tensor: torch.Tensor, entry: Entry) -> str | None:
     if tensor.device.type != "cpu":
         return f"the model has it on {tensor.device}"
+    if type(tensor) not in PLAIN_TYPES:
+        return f"the model has a {type(tensor).__name__}"
     if tensor.dtype != entry.dtype:
         return f"the model has {tensor.dtype}, the checkpoint {entry.dtype}"
+    if not (entry.is_contiguous and tensor.is_contiguous()):
+        return "its elements do not follow each other in the checkpoint, or in the model"
     if entry.offset % entry.dtype.itemsize:
         return f"its bytes start at {entry.offset} in the file, not at a multiple of {entry.dtype.itemsize}"
     return None

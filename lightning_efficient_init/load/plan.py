@@ -11,9 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_efficient_init.checkpoint import CheckpointTree, Entry, index_tree, weights_of
 from lightning_efficient_init.errors import StateDictMismatchError
+from lightning_efficient_init.garbage import collections_paused
 from lightning_efficient_init.load.bind import Binding, Shape, bind, named_state
 from lightning_efficient_init.load.extents import num_unique_bytes
-from lightning_efficient_init.load.keys import KeyMap, match_keys
+from lightning_efficient_init.load.keys import KeyMap, match_keys, rename_modules
 
 _WRAPPED_AS = ("_original_module", "_orig_mod")  # by Fabric, by torch.compile
 
@@ -43,7 +44,7 @@ class LoadPlan:
     @property
     def num_bytes(self) -> int:
         """Bytes that will be read from the files; what several tensors share counts once."""
-        return num_unique_bytes(self.entries.values())
+        return num_unique_bytes([*self.entries.values(), *self.binding.read_by_calls])
 
 
 def plan_load(
@@ -92,11 +93,11 @@ def plan_part(
     weights = weights_of(checkpoint.tree, key, path=checkpoint.path)
     names = match_keys(weights.entries, named_state(model), key_map)
     key_of = {name: key for key, name in names.items()}
-    is_renamed = any(key != name for key, name in names.items())
     state = {name: weights.entries[key] for key, name in names.items()}
-    binding = bind(model, state, None if is_renamed else weights.metadata)
+    with collections_paused():
+        binding = bind(model, state, rename_modules(weights.metadata, names))
     binding.unexpected = [key_of.get(name, name) for name in binding.unexpected]
-    check(binding, checkpoint.path, strict=strict, ignore_mismatched=ignore_mismatched, is_disjoint=bool(state))
+    check(binding, checkpoint.path, strict=strict, ignore_mismatched=ignore_mismatched, num_keys=len(state))
     return LoadPlan(
         path=checkpoint.path,
         format=checkpoint.format,
@@ -109,7 +110,7 @@ def plan_part(
 
 
 def check(
-    binding: Binding, path: str, *, strict: bool, ignore_mismatched: bool = False, is_disjoint: bool = False
+    binding: Binding, path: str, *, strict: bool, ignore_mismatched: bool = False, num_keys: int | None = None
 ) -> None:
     """Raise one error with all that does not fit.
 
@@ -118,12 +119,14 @@ def check(
         path: The checkpoint, for the message.
         strict: Whether missing and unexpected names are errors.
         ignore_mismatched: Whether shapes may differ.
-        is_disjoint: Whether a checkpoint of which nothing fits is an error even if ``strict`` is off.
+        num_keys: Keys of the checkpoint; if given, having no use for any is an error even if ``strict`` is off.
     """
     problems = []
     if binding.mismatched and not ignore_mismatched:
         problems.append("Shapes differ:" + "".join(map(_mismatch_line, binding.mismatched.items())))
-    nothing_fits = is_disjoint and not (binding.entries or binding.values or binding.mismatched or binding.calls)
+    if binding.errors:
+        problems.append("In the way:" + _lines(binding.errors))
+    nothing_fits = bool(num_keys) and len(binding.unexpected) == num_keys
     if strict or nothing_fits:
         if binding.missing:
             problems.append("Missing in the checkpoint:" + _lines(binding.missing))
@@ -140,6 +143,8 @@ def check(
 
 
 def _remedy(binding: Binding, nothing_fits: bool) -> str:
+    if binding.errors:
+        return "Mend the model or the checkpoint."
     if nothing_fits:
         return "Not one key fits. Pass a key_map that turns checkpoint keys into the model's names."
     if binding.mismatched:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -71,15 +73,7 @@ class Meter:
 
     def __init__(self, total_bytes: int, devices: set[torch.device], progress: bool | None) -> None:
         self.memory = PeakMemory(devices)
-        self._bar = tqdm(
-            total=total_bytes,
-            desc="Loading",
-            unit="B",
-            unit_scale=True,
-            delay=0 if progress else _PROGRESS_DELAY_S,
-            disable=None if progress is None else not progress,
-            leave=False,
-        )
+        self._bar = _bar(total_bytes, 0 if progress else _PROGRESS_DELAY_S) if _is_shown(progress) else None
 
     def __enter__(self) -> Meter:
         self.memory.__enter__()
@@ -87,9 +81,20 @@ class Meter:
 
     def __exit__(self, *_: object) -> None:
         self.memory.__exit__()
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def tick(self, num_bytes: int) -> None:
         """Note that ``num_bytes`` have been read so far."""
-        self._bar.update(num_bytes - self._bar.n)
+        if self._bar is not None:
+            self._bar.update(num_bytes - self._bar.n)
         self.memory.sample()
+
+
+def _is_shown(progress: bool | None) -> bool:
+    """Decided here: a bar that tqdm disables has by then started tqdm's own thread, which stays."""
+    return sys.stderr.isatty() if progress is None else progress
+
+
+def _bar(total_bytes: int, delay_s: float) -> tqdm[Any]:
+    return tqdm(total=total_bytes, desc="Loading", unit="B", unit_scale=True, delay=delay_s, leave=False)

@@ -37,7 +37,12 @@ def _load_lazy(
     with eager():
         if assign:
             device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
-            return original(module, read_tree(dict(state_dict), device), strict, assign)
+            return original(
+                module,
+                read_tree(state_dict if isinstance(state_dict, dict) else dict(state_dict), device),
+                strict,
+                assign,
+            )
         binding = bind(module, state_dict, getattr(state_dict, "_metadata", None))
         check(binding, path, strict=strict)
         plan = LoadPlan(
@@ -49,7 +54,7 @@ def _load_lazy(
             mismatched=binding.mismatched,
             binding=binding,
         )
-        log.info("%s: %s", path, run_plan(module, plan, Settings()))
+        log.info("%s: %s", path, run_plan(plan, Settings()))
     return _IncompatibleKeys(list(plan.missing), list(plan.unexpected))
 
 

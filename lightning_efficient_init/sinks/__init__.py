@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_efficient_init.sinks.plain import PlainSink
+from lightning_efficient_init.sinks.plain import PLAIN_TYPES, PlainSink
 from lightning_efficient_init.sinks.sink import Segment, Sink
 
-__all__ = ["PlainSink", "Segment", "Sink"]
+__all__ = ["PLAIN_TYPES", "PlainSink", "Segment", "Sink"]

@@ -10,7 +10,7 @@ from torch.nn import Buffer, Parameter
 from lightning_efficient_init.checkpoint import Entry
 from lightning_efficient_init.sinks.sink import Segment
 
-_PLAIN_TYPES = (torch.Tensor, Parameter, Buffer)
+PLAIN_TYPES = (torch.Tensor, Parameter, Buffer)
 
 
 class PlainSink:
@@ -51,18 +51,18 @@ class PlainSink:
             self._shape, self._stride = entry.shape, entry.stride
         return (Segment(entry.file, entry.offset, entry.dtype, dest, self.name),)
 
-    @torch.no_grad()
     def finish(self) -> None:
         """Copies from the scratch, if there was any, and lets it go."""
         if self._scratch is not None:
-            value = self._scratch.as_strided(self._shape, self._stride)
-            self.tensor.copy_(value.view_as(self.tensor))
+            with torch.inference_mode():  # which may write to inference tensors as well as to others
+                value = self._scratch.as_strided(self._shape, self._stride)
+                self.tensor.copy_(value.view_as(self.tensor))
             self._scratch = None
 
     def _is_direct(self, entry: Entry) -> bool:
         tensor = self.tensor
         is_aligned = entry.offset % entry.dtype.itemsize == 0 or entry.dtype == tensor.dtype
-        is_ordinary = type(tensor) in _PLAIN_TYPES and tensor.layout is torch.strided
+        is_ordinary = type(tensor) in PLAIN_TYPES and tensor.layout is torch.strided
         return (
             is_ordinary
             and is_aligned

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+import torchmetrics
 
 import lightning_efficient_init.checkpoint as checkpoint
 from lightning_efficient_init.checkpoint import index_checkpoint, index_tree, weights_of
@@ -189,3 +190,13 @@ def test_a_large_file_is_indexed_without_a_pass_over_its_data(tmp_path):
     index = index_checkpoint(path)
     assert time.perf_counter() - start < 1.0
     assert index.weights["base"].num_bytes == 1 << 26
+
+
+def test_a_state_dict_may_hold_lists_of_tensors(tmp_path):
+    metric = torchmetrics.CatMetric()
+    metric.persistent(True)
+    metric.update(torch.ones(2))
+    state = {"w": torch.zeros(3), **metric.state_dict(prefix="metric.")}
+    torch.save({"state_dict": state, "epoch": 1}, tmp_path / "a.ckpt")
+    weights = index_checkpoint(tmp_path / "a.ckpt").weights
+    assert [entry.shape for entry in weights["metric.value"]] == [(2,)]

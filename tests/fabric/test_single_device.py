@@ -16,11 +16,6 @@ from lightning_efficient_init.errors import StateDictMismatchError
 from lightning_efficient_init.fabric import EfficientSingleDeviceStrategy
 
 
-def bytes_read() -> int:
-    with open("/proc/self/io") as io:
-        return int(io.readline().split()[1])
-
-
 def trained(fabric, width=16):
     """A model and an optimizer that has state."""
     with fabric.init_module():
@@ -163,7 +158,7 @@ def test_load_restores_model_optimizer_and_counters(tmp_path, device):
             assert torch.equal(found[key], value)
 
 
-def test_what_is_not_asked_for_comes_back_lazy_and_is_not_read(tmp_path):
+def test_what_is_not_asked_for_comes_back_lazy_and_is_not_read(tmp_path, bytes_read):
     fabric = quiet_fabric()
     model, optimizer = trained(fabric, width=60_000)
     fabric.save(tmp_path / "a.ckpt", {"model": model, "optimizer": optimizer, "step": 4})

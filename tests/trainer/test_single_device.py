@@ -57,7 +57,7 @@ def test_other_stages_load_the_weights_alone(checkpoint, stage, monkeypatch):
     assert_equal_states(model.state_dict(), torch.load(checkpoint)["state_dict"])
 
 
-def test_optimizer_states_are_not_read_by_validate(tmp_path):
+def test_optimizer_states_are_not_read_by_validate(tmp_path, bytes_read):
     trainer = quiet_trainer()
     trainer.fit(Regression(width=60_000), loader())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -68,11 +68,6 @@ def test_optimizer_states_are_not_read_by_validate(tmp_path):
     before = bytes_read()
     trainer.validate(model, loader(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
     assert bytes_read() - before < 1.05 * weights + 500_000
-
-
-def bytes_read() -> int:
-    with open("/proc/self/io") as io:
-        return int(io.readline().split()[1])
 
 
 def test_what_is_saved_loads_with_stock_lightning(tmp_path):

@@ -1,0 +1,171 @@
+"""Which bytes are read, how often, and in how many reads."""
+
+import itertools
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lightning_efficient_init import load_checkpoint, plan_load
+from lightning_efficient_init.load.extents import PAGE_BYTES, num_unique_bytes, plan_reads
+from lightning_efficient_init.load.pipeline import SLOT_BYTES
+from lightning_efficient_init.sinks import PlainSink, Segment
+
+
+@st.composite
+def segments(draw):
+    """Segments in up to two files, anywhere, of any sizes, overlapping or not."""
+    dtype = draw(st.sampled_from([torch.uint8, torch.float16, torch.float64]))
+    position = st.one_of(st.integers(0, 200), st.integers(0, 100_000))
+    size = st.one_of(st.integers(0, 20), st.integers(0, 20_000))
+    spans = draw(st.lists(st.tuples(st.sampled_from("ab"), position, size), max_size=30))
+    return [
+        Segment(file, start, dtype, torch.empty(numel, dtype=dtype, device="meta"), f"{number}")
+        for number, (file, start, numel) in enumerate(spans)
+    ]
+
+
+@settings(deadline=None)
+@given(segments(), st.sampled_from([PAGE_BYTES, 3 * PAGE_BYTES, 64 * PAGE_BYTES]))
+def test_reads_cover_every_segment_once_and_do_not_overlap(segments, max_read_bytes):
+    reads = plan_reads(segments, max_read_bytes)
+    covered = {id(segment): [] for segment in segments}
+    for read in reads:
+        assert 0 < read.num_bytes <= max_read_bytes + PAGE_BYTES
+        assert [piece.start for piece in read.pieces] == sorted(piece.start for piece in read.pieces)
+        for piece in read.pieces:
+            assert piece.segment.file == read.file
+            assert piece.num_bytes > 0
+            assert piece.start >= 0
+            assert piece.start + piece.num_bytes <= read.num_bytes
+            assert read.offset + piece.start == piece.segment.offset + piece.segment_start
+            covered[id(piece.segment)].append((piece.segment_start, piece.segment_start + piece.num_bytes))
+    for segment in segments:
+        position = 0
+        for start, end in sorted(covered[id(segment)]):
+            assert start == position
+            position = end
+        assert position == segment.num_bytes
+    for one, other in itertools.pairwise(reads):
+        assert (one.file, one.offset + one.num_bytes) <= (other.file, other.offset) or one.file < other.file
+
+
+@settings(deadline=None)
+@given(segments(), st.sampled_from([PAGE_BYTES, 64 * PAGE_BYTES]))
+def test_gaps_that_are_read_along_are_no_longer_than_a_page(segments, max_read_bytes):
+    for read in plan_reads(segments, max_read_bytes):
+        position = 0
+        for piece in read.pieces:
+            assert piece.start - position <= PAGE_BYTES
+            position = max(position, piece.start + piece.num_bytes)
+        assert read.num_bytes - position <= PAGE_BYTES
+
+
+@settings(deadline=None)
+@given(segments(), st.sampled_from([PAGE_BYTES, 64 * PAGE_BYTES]))
+def test_no_element_that_is_aligned_in_the_file_is_torn_apart(segments, max_read_bytes):
+    for read in plan_reads(segments, max_read_bytes):
+        for piece in read.pieces:
+            itemsize = piece.segment.dtype.itemsize
+            if piece.segment.offset % itemsize == 0:
+                assert piece.segment_start % itemsize == piece.num_bytes % itemsize == 0
+
+
+def test_ten_thousand_small_tensors_take_few_reads(tmp_path, bits, bytes_read):
+    state = {f"p{i}": torch.randn(8, 8) for i in range(10_000)}
+    model = nn.ParameterDict({name: nn.Parameter(torch.zeros(8, 8)) for name in state})
+    torch.save(state, tmp_path / "w.pt")
+    plan = plan_load(model, tmp_path / "w.pt")
+    parts = [s for name, e in plan.entries.items() for s in PlainSink(name, plan.binding.tensors[name]).segments(e)]
+    assert len(plan_reads(parts, SLOT_BYTES - PAGE_BYTES)) <= 2
+    before = bytes_read()
+    load_checkpoint(model, tmp_path / "w.pt")
+    assert bytes_read() - before < 1.2 * (tmp_path / "w.pt").stat().st_size
+    assert bits(model) == bits(state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("host_buffer_bytes", [64 << 10, 1 << 20])
+def test_small_buffers_and_any_number_of_threads_give_the_same_values(
+    host_buffer_bytes, num_threads, dtype, device, tmp_path, bits, bytes_read
+):
+    state = {f"p{i}": torch.randn(numel) for i, numel in enumerate([1, 300_000, 7, 0, 70_001, 4096, 100_000])}
+    state["transposed"] = torch.randn(300, 200).t()
+    torch.save(state, tmp_path / "w.pt")
+    model = nn.ParameterDict(
+        {k: nn.Parameter(torch.empty(t.shape, dtype=dtype, device=device)) for k, t in state.items()}
+    )
+    before = bytes_read()
+    report = load_checkpoint(model, tmp_path / "w.pt", host_buffer_bytes=host_buffer_bytes, num_threads=num_threads)
+    assert bytes_read() - before <= 1.05 * report.num_bytes + 100_000
+    assert bits(model) == bits({name: tensor.to(dtype) for name, tensor in state.items()})
+
+
+def test_the_file_is_read_once_however_it_is_cut(tmp_path, bytes_read):
+    state = {f"p{i}": torch.randn(1000, 1000) for i in range(12)}
+    torch.save(state, tmp_path / "w.pt")
+    for dtype in (torch.float32, torch.bfloat16):
+        model = nn.ParameterDict({name: nn.Parameter(torch.empty(1000, 1000, dtype=dtype)) for name in state})
+        before = bytes_read()
+        report = load_checkpoint(model, tmp_path / "w.pt", host_buffer_bytes=1 << 20)
+        assert report.num_bytes == 48_000_000
+        assert bytes_read() - before <= 1.05 * report.num_bytes
+
+
+def test_bytes_that_several_entries_share_count_once(tmp_path):
+    base = torch.randn(100)
+    torch.save({"a": base, "b": base[10:20], "c": base[90:], "d": torch.randn(5), "e": base[:0]}, tmp_path / "w.pt")
+    model = nn.ParameterDict({k: nn.Parameter(torch.empty_like(v)) for k, v in torch.load(tmp_path / "w.pt").items()})
+    plan = plan_load(model, tmp_path / "w.pt")
+    assert plan.num_bytes == num_unique_bytes(plan.entries.values()) == 420
+
+
+BIG = """
+    import sys, zlib, torch
+    from torch import nn
+    from lightning_efficient_init import deferred_init, load_checkpoint
+    from lightning_efficient_init.memory import PeakMemory
+
+    path = sys.argv[1]
+    def build():
+        return nn.Sequential(*[nn.Linear(4096, 4096, bias=False) for _ in range(10)])  # 671 MB; with Adam's state 2 GB
+
+    if sys.argv[2] == "write":
+        with torch.device("cpu"):
+            zero = torch.full((4096, 4096), 0.5)
+        weights = {f"{i}.weight": torch.full((4096, 4096), i + 0.25) for i in range(10)}
+        adam = {i: {"step": torch.tensor(3.0), "exp_avg": zero.clone(), "exp_avg_sq": zero.clone()} for i in range(10)}
+        torch.save({"state_dict": weights, "optimizer_states": [{"state": adam, "param_groups": []}]}, path)
+        sys.exit()
+    with deferred_init():
+        model = build()
+    if sys.argv[2] == "cast":
+        model.bfloat16()
+    weights = sum(p.nbytes for p in model.parameters())
+    with PeakMemory(in_background=True) as memory:
+        report = load_checkpoint(model, path)
+    assert [p[3, 3].item() for p in model.parameters()] == [i + 0.25 for i in range(10)]
+    print(weights, memory.host_bytes, report.peak_host_bytes, report.num_bytes)
+"""
+
+
+@pytest.mark.timeout(600)
+def test_host_memory_grows_by_the_weights_and_the_buffer_whatever_else_the_file_holds(tmp_path):
+    def run(what):
+        command = [sys.executable, "-c", textwrap.dedent(BIG), str(tmp_path / "big.ckpt"), what]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    run("write")
+    assert (tmp_path / "big.ckpt").stat().st_size > 2_000_000_000
+    for what in ("plain", "cast"):
+        weights, peak, reported, num_bytes = map(int, run(what).split())
+        assert peak <= weights + (300 << 20)
+        assert reported <= peak * 1.01 + (1 << 20)
+        assert num_bytes == 10 * 4096 * 4096 * 4
+    (tmp_path / "big.ckpt").unlink()
