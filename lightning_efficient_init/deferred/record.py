@@ -5,8 +5,9 @@ How it works
     kernel. What makes memory without values (``torch.empty``) or with random values gives a *deferred* tensor: a meta
     tensor whose storage carries a `Recipe`. Operations on deferred tensors run on meta, for shapes and aliases, and are
     written down in the recipes of the storages that they write. Everything else (``arange``, ``zeros``, ``tensor`` and
-    what is computed from them) runs for real at once, so ``.item()``, NumPy and control flow work as ever; it is written down
-    too, since a ``Parameter`` may be made of it. ``Parameter(real)`` gives the memory up and keeps the recipe.
+    what is computed from them) runs for real at once, so ``.item()``, NumPy and control flow work as ever; it is
+    written down too, since a ``Parameter`` may be made of it. ``Parameter(real)`` gives the memory up and keeps the
+    recipe.
     When values of a deferred tensor are asked for (a branch on a random number) its recipe is run, then and there,
     on scratch memory, with exactly the numbers that eager construction would have drawn.
     The function mode (answers.py) is for what does not reach a kernel: ``p.device`` and ``p.is_meta`` answer as they
