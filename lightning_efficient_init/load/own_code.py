@@ -130,9 +130,10 @@ def _run(module: Module, state: dict[str, Any], metadata: Any, found: _Found, *,
 
 def _run_for_real(module: Module, state: dict[str, Any], metadata: Any, known_errors: list[str]) -> None:
     found = _Found()
+    devices = {submodule: _device_of(submodule) for submodule in module.modules()}
     with _WithoutWarnings():
         _run(module, state, metadata, found, is_asked=False)
-    _read_attributes(module)
+    _read_attributes(devices)
     if errors := [error for error in found.errors if error not in known_errors]:
         raise StateDictMismatchError(f"{type(module).__name__} could not load its part: " + "\n  ".join(errors))
 
@@ -273,10 +274,14 @@ def _attributes(module: Module) -> Iterator[dict[str, Any]]:
     yield from (vars(module), module._parameters, module._buffers, module._modules)
 
 
-def _read_attributes(module: Module) -> None:
-    """Replace lazy tensors that a module's code has put into attributes, on the device where the module is."""
-    for submodule in module.modules():
-        device = next((t.device for t in _tensors(submodule) if not isinstance(t, LazyTensor)), None)
+def _device_of(module: Module) -> torch.device | None:
+    """Where the module's own tensors are, if it has any."""
+    return next((tensor.device for tensor in _tensors(module)), None)
+
+
+def _read_attributes(devices: Mapping[Module, torch.device | None]) -> None:
+    """Replace lazy tensors that modules' code has put into attributes, on the device where each module was."""
+    for submodule, device in devices.items():
         for attributes in _attributes(submodule):
             for name, value in attributes.items():
                 if isinstance(value, LazyTensor | list | tuple) and any(

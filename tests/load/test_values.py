@@ -134,7 +134,8 @@ CASES = [
 def test_odd_tensors_load_as_load_state_dict_loads_them(value, make, save, device, tmp_path, params, bits):
     path = save({"t": value}, tmp_path)
     expected = params(t=make())
-    expected.load_state_dict({"t": value})
+    # cast where the model is: which NaN comes of a cast is the device's own affair
+    expected.load_state_dict({"t": value.to(device).to(expected.t.dtype).cpu()})
     target = make()
     moved = torch.empty_strided(target.shape, target.stride(), dtype=target.dtype, device=device)
     model = params(t=moved)
