@@ -135,8 +135,7 @@ def load_raw(file: str) -> Callable[[L.Fabric, nn.Module, Path], object]:
 
 def load_lazily(fabric: L.Fabric, model: nn.Module, folder: Path) -> object:
     """Lightning's lazy loader, as lit-llama uses it: one read for each tensor."""
-    state = {key: value._load_tensor() for key, value in _lazy_load(folder / "model.pth").items()}
-    return model.load_state_dict(state)
+    return model.load_state_dict(_lazy_load(folder / "model.pth"))
 
 
 def load_mapped(fabric: L.Fabric, model: nn.Module, folder: Path) -> object:

@@ -7,7 +7,6 @@ import stat
 from typing import Final
 
 import tenacity
-from typing_extensions import Self
 
 from lightning_efficient_init.checkpoint.wording import DOWNLOAD_AGAIN, explain
 from lightning_efficient_init.errors import (
@@ -34,7 +33,7 @@ class CheckpointFile:
         self._descriptor = _open_regular(self.path)
         self.num_bytes = os.fstat(self._descriptor).st_size
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> CheckpointFile:
         return self
 
     def __exit__(self, *_: object) -> None:
