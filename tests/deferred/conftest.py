@@ -12,16 +12,9 @@ from lightning_efficient_init.deferred import deferred_init, is_deferred, materi
 _CPU = torch.device("cpu")
 
 
-def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
+    """Without an index, as users write it."""
     return torch.device(request.param)
 
 
