@@ -148,12 +148,16 @@ def test_an_interrupt_ends_the_load_and_leaves_nothing_behind(tmp_path):
     torch.save({"w": torch.ones(64 << 20)}, tmp_path / "w.pt")
     model = nn.ParameterDict({"w": nn.Parameter(torch.empty(64 << 20, dtype=torch.bfloat16))})
     plan = plan_load(model, tmp_path / "w.pt")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     timer = threading.Timer(0.05, signal.raise_signal, [signal.SIGINT])
     timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        for _ in range(100):
-            run_plan(plan, SMALL)
-    timer.join()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            for _ in range(100):
+                run_plan(plan, SMALL)
+    finally:
+        timer.join()
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_failing_progress_callback_ends_the_load(path, monkeypatch):
