@@ -67,16 +67,16 @@ def materialize(
     return module
 
 
-def allocate(module: torch.nn.Module, *, names: Iterable[str] | None = None) -> None:
+def allocate(module: torch.nn.Module, *, tensors: Iterable[torch.Tensor] | None = None) -> None:
     """Give deferred parameters memory without values; their recipes stay at hand for `initialize`.
 
     Args:
         module: A model.
-        names: Of parameters, as in ``named_parameters(remove_duplicate=False)``; all unless given.
+        tensors: Parameters and buffers of it; all parameters unless given.
     """
     with parameter.undisturbed():
         layers = recurrent.scattered(module.modules())
-        audit.allocate(_groups(_chosen(module, names)))
+        audit.allocate(_groups(module.parameters() if tensors is None else tensors))
         recurrent.flatten(layers)
 
 
@@ -93,9 +93,10 @@ def initialize(model: torch.nn.Module, names: Iterable[str] | None = None) -> li
     """
     chosen = audit.uninitialized_parameters(model) if names is None else list(names)
     with parameter.undisturbed():
-        params = _chosen(model, chosen)
+        known: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=names is None))
+        params = {name: known[name] for name in chosen}
         layers = recurrent.scattered(model.modules())
-        deferred = _groups(params)
+        deferred = _groups(params.values())
         empty = {name: recipe for name, p in params.items() if (recipe := audit.recipe_of_empty(p)) is not None}
         done = [name for name, p in params.items() if name in empty or is_deferred(p)]
         memory = evaluate([*deferred, *empty.values()])
@@ -107,21 +108,16 @@ def initialize(model: torch.nn.Module, names: Iterable[str] | None = None) -> li
     return done
 
 
-def forget(model: torch.nn.Module, names: Iterable[str] | None = None) -> None:
+def forget(tensors: Iterable[torch.Tensor]) -> None:
     """Drop the recipes of parameters that have been written; deferred ones keep theirs."""
-    for param in _chosen(model, names).values():
-        audit.forget(param)
+    for tensor in tensors:
+        audit.forget(tensor)
 
 
-def _chosen(module: torch.nn.Module, names: Iterable[str] | None) -> dict[str, torch.Tensor]:
-    params: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=names is None))
-    return params if names is None else {name: params[name] for name in names}
-
-
-def _groups(params: dict[str, torch.Tensor]) -> dict[Recipe, list[torch.Tensor]]:
+def _groups(params: Iterable[torch.Tensor]) -> dict[Recipe, list[torch.Tensor]]:
     """Deferred tensors by recipe, each with whatever else shares its memory."""
     groups: dict[Recipe, dict[int, torch.Tensor]] = {}
-    for tensor in params.values():
+    for tensor in params:
         recipe = recipe_of(tensor) if tensor.is_meta else None
         if recipe is None:
             continue
@@ -138,7 +134,7 @@ def _aliases_being_recorded(recipe: Recipe) -> list[torch.Tensor]:
 
 
 def _deferred_groups(module: torch.nn.Module) -> dict[Recipe, list[torch.Tensor]]:
-    return _groups({str(i): tensor for i, tensor in enumerate(_tensors_of(module))})
+    return _groups(_tensors_of(module))
 
 
 def _tensors_of(module: torch.nn.Module) -> Iterator[torch.Tensor]:

@@ -22,6 +22,7 @@ from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from lightning_efficient_init.checkpoint import Entry, LazyTensor, map_leaves, read_entry
 from lightning_efficient_init.load import own_code
+from lightning_efficient_init.sinks import shape_of
 
 Shape = tuple[int, ...]
 
@@ -166,7 +167,7 @@ def _offer(binding: Binding, name: str, tensor: torch.Tensor, value: Any) -> Non
     if not isinstance(source, (Entry, torch.Tensor)):
         binding.errors.append(f"{name}: expected a tensor, found {type(source).__name__}")
         return
-    expected, found = tuple(tensor.shape), tuple(source.shape)
+    expected, found = shape_of(tensor), tuple(source.shape)
     if not _fits(expected, found):
         binding.mismatched[name] = (expected, found)
     elif _is_expanded(tensor):

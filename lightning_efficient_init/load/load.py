@@ -20,7 +20,7 @@ from lightning_efficient_init.load.order import last_per_memory, waves
 from lightning_efficient_init.load.pipeline import Settings, transfer
 from lightning_efficient_init.load.plan import LoadPlan, plan_load
 from lightning_efficient_init.load.report import LoadReport, Meter
-from lightning_efficient_init.sinks import PlainSink, Segment, Sink
+from lightning_efficient_init.sinks import Segment, Sink, sink_for
 
 
 def load_checkpoint(
@@ -96,7 +96,7 @@ def run_plan(
     with Meter(num_bytes, devices, progress) as meter:
         loaded = _write(model, plan.binding, settings, meter, mmap=mmap)
         initialized = _initialize_rest(model, plan.binding)
-        _forget(model, plan.binding.tensors, plan.binding.loaded_by_calls)
+        forget(plan.binding.tensors[name] for name in plan.binding.loaded_by_calls)
     return LoadReport(
         loaded=loaded,
         initialized=initialized,
@@ -121,7 +121,7 @@ def _write(model: Module, binding: Binding, settings: Settings, meter: Meter, *,
             map_entries(pairs)
         else:
             for wave in waves(pairs):
-                stream([(PlainSink(name, tensor), entry) for name, tensor, entry in wave], settings, meter)
+                stream([sink_for(*pair) for pair in wave], settings, meter)
         _note_writes([tensor for _, tensor, _ in pairs])
     with torch.inference_mode():  # which may write to inference tensors as well as to others
         for name, value in sources.items():
@@ -133,7 +133,7 @@ def _write(model: Module, binding: Binding, settings: Settings, meter: Meter, *,
     except CheckpointError as error:
         error.add_written(names)
         raise
-    _forget(model, tensors, [*binding.entries, *binding.values])
+    forget(tensors[name] for name in (*binding.entries, *binding.values))
     return tuple(names)
 
 
@@ -153,7 +153,9 @@ def _with_memory(model: Module, binding: Binding, names: Sequence[str]) -> Mappi
             "to load into. Build the model under deferred_init() instead of torch.device('meta'), or call "
             "model.to_empty(device=...) first."
         )
-    allocate(model, names=[name for name in deferred if isinstance(binding.tensors[name], Parameter)])
+    allocate(
+        model, tensors=[binding.tensors[name] for name in deferred if isinstance(binding.tensors[name], Parameter)]
+    )
     if any(_is_meta(binding.tensors[name]) for name in deferred):
         allocate(model)  # buffers that are views of parameters get their memory from those
     return {**binding.tensors, **named_state(model)}
@@ -165,25 +167,18 @@ def _is_meta(tensor: torch.Tensor) -> bool:
         return tensor.is_meta
 
 
-def _forget(model: Module, tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> None:
-    """Drop the recipes of what has been written."""
-    written = [name for name in names if isinstance(tensors[name], Parameter) and has_recipe(tensors[name])]
-    if written:
-        forget(model, written)
-
-
-def stream(pairs: Sequence[tuple[Sink, Entry]], settings: Settings, meter: Meter) -> None:
-    """Fill each sink from its entry. What needs scratch memory goes in batches that the host buffer could hold."""
+def stream(sinks: Sequence[Sink], settings: Settings, meter: Meter) -> None:
+    """Fill each sink. What needs scratch memory goes in batches that the host buffer could hold."""
     done = 0
     written: list[str] = []
-    for batch, is_direct in _batches(pairs, settings.host_buffer_bytes):
-        segments: list[Segment] = [segment for sink, entry in batch for segment in sink.segments(entry)]
+    for batch, is_direct in _batches(sinks, settings.host_buffer_bytes):
+        segments: list[Segment] = [segment for sink in batch for segment in sink.segments()]
         try:
             done += transfer(segments, settings, partial(_tick, meter, done))
         except CheckpointError as error:
             error.add_written([*written, *(error.written if is_direct else ())])  # else only scratch was touched
             raise
-        for sink, _ in batch:
+        for sink in batch:
             sink.finish()
         written += dict.fromkeys(segment.name for segment in segments)
 
@@ -192,19 +187,19 @@ def _tick(meter: Meter, done_before: int, done: int) -> None:
     meter.tick(done_before + done)
 
 
-def _batches(pairs: Sequence[tuple[Sink, Entry]], max_scratch: int) -> Iterator[tuple[list[tuple[Sink, Entry]], bool]]:
+def _batches(sinks: Sequence[Sink], max_scratch: int) -> Iterator[tuple[list[Sink], bool]]:
     """All that needs no scratch first (True), then as many of the others at a time as fit, at least one (False)."""
-    needs = [sink.scratch_bytes(entry) for sink, entry in pairs]
-    yield [pair for pair, need in zip(pairs, needs, strict=True) if not need], True
-    batch: list[tuple[Sink, Entry]] = []
+    yield [sink for sink in sinks if not sink.scratch_bytes], True
+    batch: list[Sink] = []
     scratch = 0
-    for pair, need in zip(pairs, needs, strict=True):
+    for sink in sinks:
+        need = sink.scratch_bytes
         if not need:
             continue
         if batch and scratch + need > max_scratch:
             yield batch, False
             batch, scratch = [], 0
-        batch.append(pair)
+        batch.append(sink)
         scratch += need
     if batch:
         yield batch, False

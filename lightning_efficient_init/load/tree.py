@@ -40,7 +40,5 @@ def read_tree(tree: Any, device: torch.device, settings: Settings | None = None)
 
     result = map_leaves(tree, (Entry, LazyTensor), reserve)
     with Meter(sum(entry.extent_bytes for entry in tensors), {device}, progress=None) as meter:
-        stream(
-            [(PlainSink(name, tensors[entry]), entry) for entry, name in names.items()], settings or Settings(), meter
-        )
+        stream([PlainSink(name, tensors[entry], entry) for entry, name in names.items()], settings or Settings(), meter)
     return result

@@ -23,11 +23,16 @@ class PlainSink:
     Args:
         name: The model's name for the tensor.
         tensor: The tensor to fill; it may be on the meta device until ``segments`` is called.
+        entry: What to fill it from; of the tensor's shape, or of one element for a scalar.
     """
 
-    def __init__(self, name: str, tensor: torch.Tensor) -> None:
+    __slots__ = ("_scratch", "entry", "is_direct", "name", "tensor")
+
+    def __init__(self, name: str, tensor: torch.Tensor, entry: Entry) -> None:
         self.name = name
         self.tensor = tensor
+        self.entry = entry
+        self.is_direct = _is_direct(tensor, entry)
         self._scratch: torch.Tensor | None = None
 
     @property
@@ -35,39 +40,41 @@ class PlainSink:
         """The tensor's device."""
         return self.tensor.device
 
-    def scratch_bytes(self, entry: Entry) -> int:
+    @property
+    def scratch_bytes(self) -> int:
         """The entry's extent if the tensor cannot be filled directly, else 0."""
-        return 0 if self._is_direct(entry) else entry.extent_bytes
+        return 0 if self.is_direct else self.entry.extent_bytes
 
-    def segments(self, entry: Entry) -> Sequence[Segment]:
+    def segments(self) -> Sequence[Segment]:
         """One segment: the entry's whole extent."""
+        entry = self.entry
         if entry.numel == 0:
             return ()
-        if self._is_direct(entry):
+        if self.is_direct:
             dest = self.tensor.detach().view(-1)
         else:
             numel = entry.extent_bytes // entry.dtype.itemsize
             dest = self._scratch = torch.empty(numel, dtype=entry.dtype, device=self.device)
-            self._shape, self._stride = entry.shape, entry.stride
         return (Segment(entry.file, entry.offset, entry.dtype, dest, self.name),)
 
     def finish(self) -> None:
         """Copies from the scratch, if there was any, and lets it go."""
         if self._scratch is not None:
             with torch.inference_mode():  # which may write to inference tensors as well as to others
-                value = self._scratch.as_strided(self._shape, self._stride)
+                value = self._scratch.as_strided(self.entry.shape, self.entry.stride)
                 self.tensor.copy_(value.view_as(self.tensor))
             self._scratch = None
 
-    def _is_direct(self, entry: Entry) -> bool:
-        tensor = self.tensor
-        is_aligned = entry.offset % entry.dtype.itemsize == 0 or entry.dtype == tensor.dtype
-        is_ordinary = type(tensor) in PLAIN_TYPES and tensor.layout is torch.strided
-        return (
-            is_ordinary
-            and is_aligned
-            and entry.is_contiguous
-            and tensor.is_contiguous()
-            and not tensor.is_conj()
-            and not tensor.is_neg()
-        )
+
+def _is_direct(tensor: torch.Tensor, entry: Entry) -> bool:
+    """Whether the entry's bytes, cast, are the tensor's memory."""
+    is_aligned = entry.dtype == tensor.dtype or entry.offset % entry.dtype.itemsize == 0
+    is_ordinary = type(tensor) in PLAIN_TYPES and tensor.layout is torch.strided
+    return (
+        is_ordinary
+        and is_aligned
+        and entry.is_contiguous
+        and tensor.is_contiguous()
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+    )

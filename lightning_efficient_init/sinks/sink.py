@@ -1,7 +1,7 @@
 """The seam between the read pipeline and the memory of a model.
 
-A sink stands for one tensor of the model (or this rank's part of one). Given the entry it is to be filled from, it
-says which extents of the file it needs and where each one goes. The pipeline moves bytes and casts elements; whatever
+A sink stands for one tensor of the model (or this rank's part of one) and the entry it is to be filled from. It says
+which extents of the file it needs and where each one goes. The pipeline moves bytes and casts elements; whatever
 else a sink has to do with them (strides, quantization, a partition's padding) it does in ``finish``.
 """
 
@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-
-from lightning_efficient_init.checkpoint import Entry
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,16 +44,17 @@ class Segment:
 
 
 class Sink(Protocol):
-    """Where one tensor's values end up."""
+    """One tensor of a model, being filled from one entry."""
 
     @property
     def device(self) -> torch.device:
         """The device on which the values end up."""
 
-    def scratch_bytes(self, entry: Entry) -> int:
-        """Memory, in bytes on the sink's device, that is needed beside the tensor itself to fill it from ``entry``."""
+    @property
+    def scratch_bytes(self) -> int:
+        """Memory, in bytes on the device, that is needed beside the tensor itself."""
 
-    def segments(self, entry: Entry) -> Sequence[Segment]:
+    def segments(self) -> Sequence[Segment]:
         """What to read, and where to put it. Allocates the scratch, if there is any."""
 
     def finish(self) -> None:

@@ -246,14 +246,14 @@ def test_integers_get_their_values_at_once():
     assert holder.weight.tolist() == [0] * 5
 
 
-def test_allocate_takes_names_and_forget_drops_recipes():
+def test_allocate_takes_tensors_and_forget_drops_recipes():
     with deferred_init():
         found = Net()
-    allocate(found, names=["head.bias", "head.weight"])
+    allocate(found, tensors=[found.head.bias, found.head.weight])
     assert not found.head.bias.is_meta
     assert found.head.weight is found.embedding.weight
     assert found.scale.is_meta
-    forget(found, ["head.bias"])
+    forget([found.head.bias])
     assert not has_recipe(found.head.bias)
     assert "head.bias" not in uninitialized_parameters(found)
     assert has_recipe(found.head.weight)

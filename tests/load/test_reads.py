@@ -81,7 +81,7 @@ def test_ten_thousand_small_tensors_take_few_reads(tmp_path, bits, bytes_read):
     model = nn.ParameterDict({name: nn.Parameter(torch.zeros(8, 8)) for name in state})
     torch.save(state, tmp_path / "w.pt")
     plan = plan_load(model, tmp_path / "w.pt")
-    parts = [s for name, e in plan.entries.items() for s in PlainSink(name, plan.binding.tensors[name]).segments(e)]
+    parts = [s for name, e in plan.entries.items() for s in PlainSink(name, plan.binding.tensors[name], e).segments()]
     assert len(plan_reads(parts, SLOT_BYTES - PAGE_BYTES)) <= 2
     before = bytes_read()
     load_checkpoint(model, tmp_path / "w.pt")

@@ -22,9 +22,9 @@ def entry_of(tmp_path):
 def test_contiguous_tensors_are_filled_in_place_without_scratch(device, entry_of):
     parameter = nn.Parameter(torch.zeros(3, 4, device=device))
     entry = entry_of(torch.randn(3, 4))
-    sink = PlainSink("t", parameter)
-    (segment,) = sink.segments(entry)
-    assert sink.scratch_bytes(entry) == 0
+    sink = PlainSink("t", parameter, entry)
+    (segment,) = sink.segments()
+    assert sink.scratch_bytes == 0
     assert sink.device == device
     assert segment.dest.data_ptr() == parameter.data_ptr()
     assert (segment.file, segment.offset, segment.num_bytes, segment.name) == (entry.file, entry.offset, 48, "t")
@@ -34,10 +34,10 @@ def test_contiguous_tensors_are_filled_in_place_without_scratch(device, entry_of
 
 def test_a_cast_needs_no_scratch_and_is_not_raw(entry_of):
     entry = entry_of(torch.randn(3))
-    sink = PlainSink("t", torch.zeros(3, dtype=torch.float16))
-    assert sink.scratch_bytes(entry) == 0
-    assert not sink.segments(entry)[0].is_raw
-    assert sink.segments(entry)[0].num_bytes == 12
+    sink = PlainSink("t", torch.zeros(3, dtype=torch.float16), entry)
+    assert sink.scratch_bytes == 0
+    assert not sink.segments()[0].is_raw
+    assert sink.segments()[0].num_bytes == 12
 
 
 @pytest.mark.parametrize(
@@ -52,9 +52,9 @@ def test_a_cast_needs_no_scratch_and_is_not_raw(entry_of):
 def test_other_layouts_arrive_in_scratch_memory_of_the_entrys_extent(value, target, device, entry_of):
     entry = entry_of(value)
     moved = torch.empty_strided(target.shape, target.stride(), dtype=target.dtype, device=device)
-    sink = PlainSink("t", moved)
-    (segment,) = sink.segments(entry)
-    assert sink.scratch_bytes(entry) == segment.num_bytes == entry.extent_bytes
+    sink = PlainSink("t", moved, entry)
+    (segment,) = sink.segments()
+    assert sink.scratch_bytes == segment.num_bytes == entry.extent_bytes
     with open(entry.file, "rb") as file:
         file.seek(entry.offset)
         data = bytearray(file.read(entry.extent_bytes))
@@ -66,13 +66,13 @@ def test_other_layouts_arrive_in_scratch_memory_of_the_entrys_extent(value, targ
 
 def test_an_empty_tensor_needs_nothing(entry_of):
     entry = entry_of(torch.empty(0, 3))
-    sink = PlainSink("t", torch.zeros(0, 3))
-    assert sink.segments(entry) == ()
-    assert sink.scratch_bytes(entry) == 0
+    sink = PlainSink("t", torch.zeros(0, 3), entry)
+    assert sink.segments() == ()
+    assert sink.scratch_bytes == 0
     sink.finish()
 
 
 def test_looking_at_a_sink_works_on_the_meta_device(entry_of):
-    sink = PlainSink("t", torch.zeros(3, device="meta"))
+    sink = PlainSink("t", torch.zeros(3, device="meta"), entry_of(torch.randn(3)))
     assert sink.device.type == "meta"
-    assert sink.scratch_bytes(entry_of(torch.randn(3))) == 0
+    assert sink.scratch_bytes == 0
