@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning_efficient_init.deferred.audit import UninitializedParameterWarning, uninitialized_parameters, watch
+from lightning_efficient_init.deferred.distribute import distribute
 from lightning_efficient_init.deferred.materialize import (
     allocate,
     forget,
@@ -18,6 +19,7 @@ __all__ = [
     "UninitializedParameterWarning",
     "allocate",
     "deferred_init",
+    "distribute",
     "eager",
     "empty_init",
     "forget",
