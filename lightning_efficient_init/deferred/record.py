@@ -188,6 +188,7 @@ class Recorder:
                 recipe.aliases = [weakref.ref(t) for t in tensors]
             for tensor in tensors:
                 parameter.guard(tensor)
+        recurrent.remember(self._scattered_layers())
         self._tensors.clear()
         self._sharing.clear()
 
@@ -208,7 +209,7 @@ class Recorder:
             recipe = recipe_of(param) if param.is_meta else None
             if recipe is not None:
                 groups[recipe] = _living(recipe.aliases) or [param]
-        layers = recurrent.scattered({id(layer): layer for layer in _living(self.recurrent)}.values())
+        layers = self._scattered_layers()
         audit.allocate(groups)
         recurrent.flatten(layers)
 
@@ -244,6 +245,9 @@ class Recorder:
         recipe = recipe_of(tensor)
         assert recipe is not None
         parameter.give_memory(self.aliases(recipe), parameter.memory_for(tensor, recipe, is_overwritten=is_overwritten))
+
+    def _scattered_layers(self) -> list[torch.nn.RNNBase]:
+        return recurrent.scattered({id(layer): layer for layer in _living(self.recurrent)}.values())
 
     def _living_by_recipe(self) -> dict[Recipe, list[torch.Tensor]]:
         groups: dict[Recipe, list[torch.Tensor]] = {}
