@@ -8,7 +8,7 @@ from lightning_efficient_init.sharding.dtensor import block_of, give_local_memor
 from lightning_efficient_init.sharding.fully_shard import offloaded, settle
 from lightning_efficient_init.sharding.part import Block, Part, Rows, Stretch
 
-__all__ = ["Block", "Part", "Rows", "Stretch", "give_local_memory", "is_dtensor", "offloaded", "part_of", "settle"]
+__all__ = ["Block", "Part", "Rows", "Stretch", "give_local_memory", "is_dtensor", "offloaded", "part_of", "settle", "shape_of"]
 
 
 def part_of(tensor: Any) -> Part | None:
@@ -16,3 +16,9 @@ def part_of(tensor: Any) -> Part | None:
     if is_dtensor(tensor):
         return block_of(tensor)
     return None
+
+
+def shape_of(tensor: Any) -> tuple[int, ...]:
+    """The shape of the whole tensor of which ``tensor`` is this rank's part."""
+    part = None if is_dtensor(tensor) else part_of(tensor)
+    return tuple(tensor.shape) if part is None else part.shape
