@@ -61,7 +61,7 @@ def quiet_trainer(accelerator="cpu", **kwargs):
         "enable_model_summary": False,
         "enable_checkpointing": False,
     }
-    return L.Trainer(accelerator=accelerator, devices=1, **{**quiet, "max_epochs": 1, **kwargs})
+    return L.Trainer(accelerator=accelerator, **{**quiet, "devices": 1, "max_epochs": 1, **kwargs})
 
 
 def quiet_fabric(efficient_init="32-true", accelerator="cpu", **kwargs):

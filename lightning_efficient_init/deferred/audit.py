@@ -150,7 +150,7 @@ def watch(model: torch.nn.Module) -> None:
         audit(saving=module)
 
     for module in model.modules():
-        forward_hooks.append(module.register_forward_pre_hook(audit))
+        forward_hooks.append(module.register_forward_pre_hook(audit, prepend=True))  # before FSDP's
         saving_hooks[module] = module.register_state_dict_pre_hook(audit_before_saving)
 
 

@@ -16,8 +16,8 @@ from torch import distributed
 from torch.nn import Module
 
 from lightning_efficient_init.deferred import audit
-from lightning_efficient_init.deferred.materialize import allocate, materialize_deferred
-from lightning_efficient_init.deferred.recipe import Ref
+from lightning_efficient_init.deferred.materialize import allocate, initialize, materialize_deferred
+from lightning_efficient_init.deferred.recipe import Ref, recipe_of
 from lightning_efficient_init.deferred.sharded import Windows, agree, evaluate_each, release, windows
 from lightning_efficient_init.errors import DeferredParameterError, shorten
 from lightning_efficient_init.sharding import give_local_memory, is_dtensor, offloaded, part_of, settle
@@ -34,7 +34,8 @@ def distribute(module: Module, engine: Engine, device: torch.device, *, is_empty
         module: A deferred module, or one that is deferred in part; what is real goes to the engine as it is.
         engine: Shards the module, in place or not, and returns it.
         device: This rank's device. Parts are made there; an engine that offloads moves them on.
-        is_empty: Whether parameters are left without values, their recipes at hand for `initialize`.
+        is_empty: Whether parameters are left without values, their recipes at hand for `initialize`. Those of
+            ``postponed_init(is_optional=True)`` are in any case.
 
     Returns:
         What the engine returned.
@@ -66,12 +67,20 @@ def fill_parts(module: Module, refs: Windows, device: torch.device, *, is_empty:
     for param, ref in _deferred_parts(module, refs):
         target = torch.device("cpu") if id(param) in on_cpu else device
         give_local_memory(param, torch.empty_like(param._local_tensor, device=target))
-        if not (is_empty and not ref.recipe.is_loaded and audit.keep(param, ref)):
+        is_left = (is_empty or ref.recipe.is_optional) and not ref.recipe.is_loaded
+        if not (is_left and audit.keep(param, ref)):
             wanted.append((ref, partial(_fill, param)))
     evaluate_each(wanted, device)
     settle(module)
     _fill_whole(module, device, is_empty=is_empty)
     move_whole(module, device)
+
+
+def initialize_required(module: Module) -> None:
+    """Run the recipes of what nobody has written, but not of what `postponed_init` declared optional."""
+    names = audit.uninitialized_parameters(module)
+    params = dict(module.named_parameters())
+    initialize(module, [name for name in names if not audit.window_of(params[name]).recipe.is_optional])
 
 
 def share_buffers(module: Module, group: Any = None) -> None:
@@ -126,6 +135,6 @@ def _fill(param: torch.Tensor, whole: torch.Tensor) -> None:
 
 def _fill_whole(module: Module, device: torch.device, *, is_empty: bool) -> None:
     """What no engine has taken apart, wherever it hangs."""
-    if is_empty:
-        allocate(module)
+    left = [p for p in module.parameters() if (r := recipe_of(p)) is not None and (is_empty or r.is_optional)]
+    allocate(module, tensors=left)
     materialize_deferred(module, device)

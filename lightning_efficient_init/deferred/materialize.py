@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
 
-from lightning_efficient_init.deferred import audit, parameter, recurrent
+from lightning_efficient_init.deferred import audit, parameter, recurrent, streams
 from lightning_efficient_init.deferred.active import current
 from lightning_efficient_init.deferred.arguments import indexed
-from lightning_efficient_init.deferred.recipe import Recipe, recipe_of
+from lightning_efficient_init.deferred.recipe import Op, Recipe, operations_for, recipe_of
 from lightning_efficient_init.deferred.replay import evaluate
 from lightning_efficient_init.deferred.sharded import evaluate_each
 from lightning_efficient_init.errors import DeferredParameterError, shorten
@@ -27,6 +27,16 @@ def is_deferred(module_or_tensor: torch.nn.Module | torch.Tensor) -> bool:
 def has_recipe(tensor: torch.Tensor) -> bool:
     """Whether ``tensor`` can still be initialized: it is deferred, or it is empty and nobody forgot its recipe."""
     return is_deferred(tensor) or audit.recipe_of_empty(tensor) is not None
+
+
+def is_postponed(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` is deferred until a strategy has sharded its module."""
+    with torch._C.DisableTorchFunction():
+        recipe = recipe_of(tensor) if tensor.is_meta else None
+    if recipe is None:
+        return False
+    recorder = current()
+    return recipe.is_postponed or (recorder is not None and recorder.is_postponed)
 
 
 def materialize(
@@ -53,6 +63,7 @@ def materialize(
     target = None if device is None else indexed(device)
     with parameter.undisturbed():
         layers = recurrent.scattered(module.modules())
+        _check_unclaimed(module)
         materialize_deferred(module, target, dtype)
         initialize(module)  # what `allocate` gave memory, and nobody has written
         _move(module, target, dtype)
@@ -116,6 +127,22 @@ def initialize(model: torch.nn.Module, names: Iterable[str] | None = None) -> li
     return done
 
 
+def seeds(model: torch.nn.Module) -> list[torch.Tensor]:
+    """States of the generators from which the recipes that are left in ``model`` draw, in order."""
+    return [stream.states[0] for stream in streams.sources(_operations_left(model))]
+
+
+def reseed(model: torch.nn.Module, states: Sequence[torch.Tensor]) -> None:
+    """Let the recipes that are left in ``model`` draw from other states: those `seeds` gave for an equal model."""
+    streams.restart(_operations_left(model), states)
+
+
+def _operations_left(model: torch.nn.Module) -> list[Op]:
+    with parameter.undisturbed():
+        found = [recipe_of(p) if p.is_meta else audit.recipe_of_empty(p) for p in model.parameters()]
+        return operations_for(recipe for recipe in found if recipe is not None)
+
+
 def forget(tensors: Iterable[torch.Tensor]) -> None:
     """Drop the recipes of parameters that have been written; deferred ones keep theirs."""
     for tensor in tensors:
@@ -160,6 +187,25 @@ def _check_complete(module: torch.nn.Module) -> None:
             "Parameters made under `torch.device('meta')`, or copied from deferred ones by other means than "
             "`copy.deepcopy`, have none: build the module under `deferred_init`."
         )
+
+
+def _check_unclaimed(module: torch.nn.Module) -> None:
+    recipes = {name: recipe_of(p) for name, p in module.named_parameters() if p.is_meta}
+    claimed = {name: recipe.claimed_by for name, recipe in recipes.items() if recipe is not None and recipe.claimed_by}
+    if claimed:
+        raise DeferredParameterError(
+            f"{shorten(claimed)}: {next(iter(claimed.values()))} has been loaded into it, and will be read when the "
+            "strategy sets the module up. Set it up (fabric.setup, or trainer.fit) instead of materializing it."
+        )
+
+
+def claim(tensors: Iterable[torch.Tensor], path: str) -> None:
+    """Note that a checkpoint will provide the values of deferred tensors, once they have been sharded."""
+    with torch._C.DisableTorchFunction():
+        for tensor in tensors:
+            recipe = recipe_of(tensor) if tensor.is_meta else None
+            if recipe is not None:
+                recipe.claimed_by = path
 
 
 def _is_cast(tensor: torch.Tensor, dtype: torch.dtype) -> bool:

@@ -31,11 +31,12 @@ def block_of(tensor: DTensor) -> Block:
     kept: list[tuple[Run, ...]] = [((0, size),) for size in shape]
     if place is None:  # this rank is not in the mesh
         return Block(shape, ((),) * len(shape), tensor._local_tensor)
-    for axis in _cutting_order(placements, [mesh.size(axis) for axis in range(mesh.ndim)]):
+    cuts = _cutting_order(placements, [mesh.size(axis) for axis in range(mesh.ndim)])
+    for axis in cuts:
         dim: int = placements[axis].dim  # type: ignore[attr-defined]
         kept[dim] = _chunk(kept[dim], mesh.size(axis), place[axis])
     _check(tensor, kept)
-    return Block(shape, tuple(kept), tensor._local_tensor)
+    return Block(shape, tuple(kept), tensor._local_tensor, is_whole=all(mesh.size(axis) == 1 for axis in cuts))
 
 
 def give_local_memory(tensor: DTensor, local: torch.Tensor) -> None:
@@ -45,6 +46,15 @@ def give_local_memory(tensor: DTensor, local: torch.Tensor) -> None:
     fresh = torch.nn.Parameter(DTensor(local, tensor._spec, requires_grad=tensor.requires_grad), tensor.requires_grad)
     torch._C._swap_tensor_impl(tensor, fresh)
     tensor._local_tensor = local
+
+
+def like_dtensor(tensor: DTensor, local: torch.Tensor) -> DTensor:
+    """A DTensor that is cut as ``tensor`` is, and holds ``local``."""
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415 (imported already, or there were no DTensors)
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta  # noqa: PLC0415
+
+    meta = TensorMeta(tensor.shape, tensor.stride(), local.dtype)
+    return DTensor(local, DTensorSpec(tensor.device_mesh, tensor.placements, tensor_meta=meta), requires_grad=False)
 
 
 def _cutting_order(placements: Sequence[Any], sizes: Sequence[int]) -> list[int]:

@@ -51,6 +51,10 @@ class Part(Protocol):
     def memory(self) -> torch.Tensor:
         """What this rank has in memory: the kept elements, in the order of the whole."""
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every rank keeps all elements; the same on all ranks."""
+
     def take(self, whole: torch.Tensor) -> torch.Tensor:
         """The kept elements of a tensor of the whole's shape, in the shape of ``memory``; a view where possible."""
 
@@ -66,11 +70,13 @@ class Block:
         shape: The shape of the whole.
         kept: For each dim, the runs ``(start, stop)`` of indices that are kept.
         memory: This rank's tensor.
+        is_whole: See `Part`.
     """
 
     shape: tuple[int, ...]
     kept: tuple[tuple[Run, ...], ...]
     memory: torch.Tensor
+    is_whole: bool = False
 
     def take(self, whole: torch.Tensor) -> torch.Tensor:
         """See `Part`."""
@@ -124,11 +130,13 @@ class Stretch:
         shape: The shape of the whole.
         start: The first element that is kept.
         memory: This rank's tensor, of one dim: ``whole.flatten()[start : start + memory.numel()]``.
+        is_whole: See `Part`.
     """
 
     shape: tuple[int, ...]
     start: int
     memory: torch.Tensor
+    is_whole: bool = False
 
     def take(self, whole: torch.Tensor) -> torch.Tensor:
         """See `Part`."""
