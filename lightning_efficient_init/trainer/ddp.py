@@ -41,8 +41,8 @@ class EfficientDDPStrategy(HasReplicas, StreamsCheckpoints, DDPStrategy):
             return
         is_forked = self._start_method == "fork"
         devices, self.parallel_devices = self.parallel_devices, [torch.device("cpu")] * self.num_processes
-        try:
-            with deferred_init() if is_forked else nullcontext(), super().tensor_init_context(empty_init):
+        try:  # never empty: recorded construction need not be, and recipes cannot be handed to spawned processes
+            with deferred_init() if is_forked else nullcontext(), super().tensor_init_context(empty_init=False):
                 yield
         finally:
             self.parallel_devices = devices

@@ -5,7 +5,16 @@ import os
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning_models import ADVICE, DTYPES, PRECISIONS, Regression, assert_equal_states, loader, quiet_trainer
+from lightning_models import (
+    ADVICE,
+    DTYPES,
+    PRECISIONS,
+    Recording,
+    Regression,
+    assert_equal_states,
+    loader,
+    quiet_trainer,
+)
 from ranks import RanksFailedError, run_ranks
 
 from lightning_efficient_init import EfficientInit, is_deferred
@@ -17,9 +26,9 @@ WORLDS = [1, 2, 3]
 WIDE = 40_000
 
 
-def ddp_trainer(world_size, rank=0, precision="32-true", **kwargs):
+def ddp_trainer(world_size, rank=0, efficient_init="32-true", **kwargs):
     torch.manual_seed(17 + rank)
-    ours = {"strategy": "efficient_init_ddp", "plugins": [EfficientInit(precision)]}
+    ours = {"strategy": "efficient_init_ddp", "plugins": [EfficientInit(efficient_init)]}
     return quiet_trainer(**{**ours, **kwargs, "devices": world_size})
 
 
@@ -111,7 +120,7 @@ def _load(rank, world_size, path, stage):
 def test_a_checkpoint_of_one_device_loads_on_every_rank(checkpoint, world_size, stage):
     for found, step in run_ranks(_load, world_size, world_size, checkpoint, stage):
         assert_equal_states(found, torch.load(checkpoint)["state_dict"])
-        assert step == (4 + -(-4 // world_size) if stage == "fit" else 4)
+        assert step == (4 + -(-4 // world_size) if stage == "fit" else 0)
 
 
 def _count_bytes(rank, world_size, path):
@@ -148,39 +157,36 @@ def test_ckpt_path_is_read_once_on_a_node_without_optimizer_states(tmp_path):
     assert first == pytest.approx(weights / 2, rel=0.05, abs=150_000)
 
 
-def _train(rank, world_size, strategy, precision, paths=(), resume=None):
+def _train(rank, world_size, max_epochs, path=None, resume=None, **kwargs):
     losses = Losses()
-    stock = {"strategy": "ddp", "plugins": None, "precision": precision} if strategy == "ddp" else {}
-    trainer = ddp_trainer(world_size, rank, precision, callbacks=[losses], max_epochs=1, **stock)
-    with trainer.init_module():
+    trainer = ddp_trainer(world_size, rank, callbacks=[losses], max_epochs=max_epochs, **kwargs)
+    with trainer.init_module(empty_init=resume is not None):
         model = Regression(24)
     trainer.fit(model, loader(), ckpt_path=resume)
-    for path in paths:
+    if path is not None:
         trainer.save_checkpoint(path)
-        trainer.fit_loop.max_epochs += 1
-        trainer.fit(model, loader())
     return losses.values
+
+
+def _train_stock(rank, world_size, max_epochs, precision):
+    return _train(rank, world_size, max_epochs, strategy="ddp", plugins=None, precision=precision)
+
+
+def _train_ours(rank, world_size, max_epochs, precision):
+    return _train(rank, world_size, max_epochs, efficient_init=precision)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_training_is_that_of_stock_ddp(precision):
-    ours = run_ranks(_train, 2, 2, "efficient_init_ddp", precision)
-    assert ours == run_ranks(_train, 2, 2, "ddp", precision)
-
-
-def _resume(rank, world_size, path):
-    losses = Losses()
-    trainer = ddp_trainer(world_size, 5 + rank, callbacks=[losses], max_epochs=2)
-    with trainer.init_module(empty_init=True):
-        model = Regression(24)
-    trainer.fit(model, loader(), ckpt_path=path)
-    return losses.values
+    ours = run_ranks(_train_ours, 2, 2, 1, precision)
+    assert ours == run_ranks(_train_stock, 2, 2, 1, precision)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_training_goes_on_after_a_resume_as_without(tmp_path, world_size):
-    whole = run_ranks(_train, world_size, world_size, "efficient_init_ddp", "32-true", [tmp_path / "a.ckpt"])
-    resumed = run_ranks(_resume, world_size, world_size, tmp_path / "a.ckpt")
+    whole = run_ranks(_train, world_size, world_size, 2)
+    run_ranks(_train, world_size, world_size, 1, tmp_path / "a.ckpt")
+    resumed = run_ranks(_train, world_size, world_size, 2, None, tmp_path / "a.ckpt")
     assert resumed == [losses[len(losses) // 2 :] for losses in whole]
 
 
@@ -202,30 +208,24 @@ def test_a_rank_whose_checkpoint_does_not_fit_takes_the_others_down(checkpoint, 
     assert len(set(lines)) == 1
 
 
-class Records(Regression):
-    """Leaves behind what its training started from."""
-
-    def on_train_start(self):
-        torch.save((self.state_dict(), os.getpid()), f"{self.hparams['folder']}/{self.global_rank}.pt")
-
-
-class RecordsInto(Records):
-    def __init__(self, folder):
-        super().__init__(24)
-        self.save_hyperparameters()
+def _start_processes(rank, folder, start_method, empty_init):
+    for name in ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        del os.environ[name]
+    trainer = ddp_trainer(2, strategy=EfficientDDPStrategy(start_method=start_method), max_steps=1)
+    with trainer.init_module(empty_init=empty_init):
+        model = Recording(folder)
+    was_deferred = is_deferred(model)
+    trainer.fit(model, loader())
+    return was_deferred, is_deferred(model), os.getpid()
 
 
 @pytest.mark.parametrize("empty_init", [False, True])
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
 def test_init_module_works_before_processes_are_started(tmp_path, start_method, empty_init):
-    strategy = EfficientDDPStrategy(start_method=start_method)
-    trainer = ddp_trainer(2, 0, strategy=strategy, max_steps=1)
-    with trainer.init_module(empty_init=empty_init):
-        model = RecordsInto(str(tmp_path))
-    assert is_deferred(model) == (start_method == "fork")
-    trainer.fit(model, loader())
+    [(was_deferred, is_deferred, pid)] = run_ranks(_start_processes, 1, str(tmp_path), start_method, empty_init)
+    assert was_deferred == (start_method == "fork")
+    assert not is_deferred  # Lightning brings the weights back
     states, processes = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)), strict=True)
-    assert len({*processes, os.getpid()}) == 3
+    assert len({*processes, pid}) == 3
     for state in states:
         assert_equal_states(state, eager_model().state_dict())
-    assert not is_deferred(model)  # Lightning brings the weights back
