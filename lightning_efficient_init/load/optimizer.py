@@ -93,8 +93,8 @@ def _match(tree: Mapping[str, Any], params: list[torch.Tensor], model: Module, p
     found = [next((by_name[name] for name in names.get(id(p), []) if name in by_name), None) for p in params]
     if missing := [names.get(id(p), ["?"])[0] for p, hit in zip(params, found, strict=True) if hit is None]:
         raise StateDictMismatchError(
-            f"{path}: {len(missing)} parameters of the optimizer are not in the saved one: {shorten(missing)}. Make the "
-            "optimizer of the same parameters, or load the model alone.",
+            f"{path}: {len(missing)} parameters of the optimizer are not in the saved one: {shorten(missing)}. Make "
+            "the optimizer of the same parameters, or load the model alone.",
             missing=tuple(missing),
         )
     return [hit for hit in found if hit is not None]

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 
 from lightning_efficient_init.sharding.dtensor import block_of, give_local_memory, is_dtensor, like_dtensor
+from lightning_efficient_init.sharding.fsdp import FLAT_NAME, is_flattened, mark_parts, stand_ins, stretch_of
 from lightning_efficient_init.sharding.fully_shard import offloaded, settle
 from lightning_efficient_init.sharding.part import Block, Part, Rows, Stretch
 
 __all__ = [
+    "FLAT_NAME",
     "Block",
     "Part",
     "Rows",
@@ -19,10 +21,12 @@ __all__ = [
     "is_dtensor",
     "is_sharded",
     "like_part",
+    "mark_parts",
     "offloaded",
     "part_of",
     "settle",
     "shape_of",
+    "stand_ins",
 ]
 
 
@@ -30,6 +34,8 @@ def part_of(tensor: Any) -> Part | None:
     """The part of a tensor that this rank holds, None for one that is whole: a line for each engine."""
     if is_dtensor(tensor):
         return block_of(tensor)
+    if is_flattened(tensor):
+        return stretch_of(tensor)
     return None
 
 
