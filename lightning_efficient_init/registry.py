@@ -7,11 +7,18 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_efficient_init import fabric, trainer
 
+_DESCRIPTIONS = {
+    "efficient_init": "One device: models built in place, checkpoints streamed",
+    "efficient_init_ddp": "DDP: models built in place, checkpoints read once on each node",
+}
+_CLASSES = {
+    "efficient_init": "EfficientSingleDeviceStrategy",
+    "efficient_init_ddp": "EfficientDDPStrategy",
+}
+
 
 def register_strategies() -> None:
     """Add the strategies to both of Lightning's registries."""
-    description = "One device: models built in place, checkpoints streamed"
     for registry, library in ((STRATEGY_REGISTRY, fabric), (StrategyRegistry, trainer)):
-        registry.register(
-            "efficient_init", library.EfficientSingleDeviceStrategy, description=description, override=True
-        )
+        for name, description in _DESCRIPTIONS.items():
+            registry.register(name, getattr(library, _CLASSES[name]), description=description, override=True)

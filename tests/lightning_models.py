@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import lightning as L
 import pytest
@@ -48,6 +49,17 @@ class Regression(L.LightningModule):
         return torch.optim.Adam(self.parameters(), self.hparams.lr, eps=1e-3)
 
 
+class Recording(Regression):
+    """Leaves behind what its training started from, and in which process."""
+
+    def __init__(self, folder: str):
+        super().__init__(24)
+        self.folder = folder
+
+    def on_train_start(self):
+        torch.save((self.state_dict(), os.getpid()), f"{self.folder}/{self.global_rank}.pt")
+
+
 def loader():
     generator = torch.Generator().manual_seed(3)
     return DataLoader(TensorDataset(torch.randn(32, 8, generator=generator)), batch_size=8)
@@ -61,7 +73,7 @@ def quiet_trainer(accelerator="cpu", **kwargs):
         "enable_model_summary": False,
         "enable_checkpointing": False,
     }
-    return L.Trainer(accelerator=accelerator, devices=1, **{**quiet, "max_epochs": 1, **kwargs})
+    return L.Trainer(accelerator=accelerator, **{**quiet, "devices": 1, "max_epochs": 1, **kwargs})
 
 
 def quiet_fabric(efficient_init="32-true", accelerator="cpu", **kwargs):

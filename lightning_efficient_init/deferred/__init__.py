@@ -10,6 +10,8 @@ from lightning_efficient_init.deferred.materialize import (
     initialize,
     is_deferred,
     materialize,
+    reseed,
+    seeds,
 )
 from lightning_efficient_init.deferred.parameter import undisturbed
 from lightning_efficient_init.deferred.record import deferred_init, eager, empty_init
@@ -25,6 +27,8 @@ __all__ = [
     "initialize",
     "is_deferred",
     "materialize",
+    "reseed",
+    "seeds",
     "undisturbed",
     "uninitialized_parameters",
     "watch",

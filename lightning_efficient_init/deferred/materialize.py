@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from lightning_efficient_init.deferred import audit, parameter, recurrent
+from lightning_efficient_init.deferred import audit, parameter, recurrent, streams
 from lightning_efficient_init.deferred.active import current
 from lightning_efficient_init.deferred.arguments import indexed
-from lightning_efficient_init.deferred.recipe import Recipe, recipe_of
+from lightning_efficient_init.deferred.recipe import Op, Recipe, operations_for, recipe_of
 from lightning_efficient_init.deferred.replay import evaluate
 from lightning_efficient_init.errors import DeferredParameterError, shorten
 
@@ -106,6 +106,22 @@ def initialize(model: torch.nn.Module, names: Iterable[str] | None = None) -> li
             audit.fill(params[name], recipe, memory[recipe])
         recurrent.flatten(layers)
     return done
+
+
+def seeds(model: torch.nn.Module) -> list[torch.Tensor]:
+    """States of the generators from which the recipes that are left in ``model`` draw, in order."""
+    return [stream.states[0] for stream in streams.sources(_operations_left(model))]
+
+
+def reseed(model: torch.nn.Module, states: Sequence[torch.Tensor]) -> None:
+    """Let the recipes that are left in ``model`` draw from other states: those `seeds` gave for an equal model."""
+    streams.restart(_operations_left(model), states)
+
+
+def _operations_left(model: torch.nn.Module) -> list[Op]:
+    with parameter.undisturbed():
+        found = [recipe_of(p) if p.is_meta else audit.recipe_of_empty(p) for p in model.parameters()]
+        return operations_for(recipe for recipe in found if recipe is not None)
 
 
 def forget(tensors: Iterable[torch.Tensor]) -> None:

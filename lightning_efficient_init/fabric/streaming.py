@@ -21,6 +21,7 @@ from lightning_efficient_init.lightning_checkpoint import is_streamable
 from lightning_efficient_init.load.load import run_plan
 from lightning_efficient_init.load.pipeline import Settings
 from lightning_efficient_init.load.plan import plan_part
+from lightning_efficient_init.load.replicas import Replicas, agreed
 from lightning_efficient_init.load.tree import read_tree
 
 
@@ -65,26 +66,36 @@ class StreamsCheckpoints(Strategy):
         if not is_streamable(path) or type(self.checkpoint_io) is not TorchCheckpointIO:
             kwargs = {} if weights_only is None else {"weights_only": weights_only}
             return super().load_checkpoint(path, state, strict, **kwargs)
-        found = index_tree(path, weights_only=weights_only is not False)
-        if isinstance(state, Module):
-            _load_modules([(state, found, None)], strict)
-            return {}
-        if isinstance(state, Optimizer):
-            state.load_state_dict(read_tree(found.tree, self.root_device))
-            return {}
-        if not state:
-            return read_tree(found.tree, torch.device("cpu"))  # type: ignore[no-any-return]
-        return self._load_state(state, found, strict)
+        replicas = self.replicas()
+        with agreed(replicas):
+            found = index_tree(path, weights_only=weights_only is not False)
+            if isinstance(state, Module):
+                _load_modules([(state, found, None)], strict, replicas)
+                return {}
+            if isinstance(state, Optimizer):
+                state.load_state_dict(read_tree(found.tree, self.root_device, replicas=replicas))
+                return {}
+            if not state:
+                return read_tree(found.tree, torch.device("cpu"), replicas=replicas)  # type: ignore[no-any-return]
+            return self._load_state(state, found, strict, replicas)
 
-    def _load_state(self, state: dict[str, Any], found: CheckpointTree, strict: bool) -> dict[str, Any]:
+    def replicas(self) -> Replicas | None:
+        """The other ranks, where all of them have the same model and load it together."""
+        return None
+
+    def _load_state(
+        self, state: dict[str, Any], found: CheckpointTree, strict: bool, replicas: Replicas | None
+    ) -> dict[str, Any]:
         tree: Mapping[str, Any] = found.tree
         _validate_keys_for_strict_loading(state.keys(), tree.keys(), strict=strict)
         asked = {name: obj for name, obj in state.items() if name in tree}
-        _load_modules([(obj, found, name) for name, obj in asked.items() if isinstance(obj, Module)], strict)
+        modules = [(obj, found, name) for name, obj in asked.items() if isinstance(obj, Module)]
+        _load_modules(modules, strict, replicas)
         for name, obj in asked.items():
             if isinstance(obj, Module):
                 continue
-            value = read_tree(tree[name], self.root_device if isinstance(obj, _Stateful) else torch.device("cpu"))
+            device = self.root_device if isinstance(obj, _Stateful) else torch.device("cpu")
+            value = read_tree(tree[name], device, replicas=replicas)
             if isinstance(obj, _Stateful):
                 obj.load_state_dict(value)
             else:
@@ -92,8 +103,10 @@ class StreamsCheckpoints(Strategy):
         return {name: lazy_tree(value, torch.device("cpu")) for name, value in tree.items() if name not in asked}
 
 
-def _load_modules(wanted: Sequence[tuple[Module, CheckpointTree, str | None]], strict: bool) -> None:
+def _load_modules(
+    wanted: Sequence[tuple[Module, CheckpointTree, str | None]], strict: bool, replicas: Replicas | None
+) -> None:
     """Plan all modules first: nothing changes unless everything fits."""
     plans = [plan_part(module, found, key, strict=strict) for module, found, key in wanted]
     for plan in plans:
-        run_plan(plan, Settings())
+        run_plan(plan, Settings(), replicas=replicas)

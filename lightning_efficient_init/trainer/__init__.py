@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_efficient_init.trainer.ddp import EfficientDDPStrategy
 from lightning_efficient_init.trainer.single_device import EfficientSingleDeviceStrategy
 
-__all__ = ["EfficientSingleDeviceStrategy"]
+__all__ = ["EfficientDDPStrategy", "EfficientSingleDeviceStrategy"]

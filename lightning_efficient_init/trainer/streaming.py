@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning_efficient_init.deferred import watch
 from lightning_efficient_init.init_context import init_context
 from lightning_efficient_init.lightning_checkpoint import is_streamable, open_lightning_checkpoint
+from lightning_efficient_init.load.replicas import Replicas, agreed
 from lightning_efficient_init.load.state_dict import streaming_load_state_dict
 from lightning_efficient_init.load.tree import read_tree
 
@@ -43,7 +44,8 @@ class StreamsCheckpoints(Strategy):
             kwargs = {} if weights_only is None else {"weights_only": weights_only}
             return super().load_checkpoint(checkpoint_path, **kwargs)
         device = torch.device("cpu")
-        return open_lightning_checkpoint(checkpoint_path, device, weights_only=weights_only is not False)
+        with agreed(self.replicas()):
+            return open_lightning_checkpoint(checkpoint_path, device, weights_only=weights_only is not False)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Stream the weights through the module's own ``load_state_dict``."""
@@ -52,5 +54,11 @@ class StreamsCheckpoints(Strategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Read the optimizers' states straight to the device."""
-        states = read_tree(checkpoint["optimizer_states"], self.root_device)
+        replicas = self.replicas()
+        with agreed(replicas):
+            states = read_tree(checkpoint["optimizer_states"], self.root_device, replicas=replicas)
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
+
+    def replicas(self) -> Replicas | None:
+        """The other ranks, where all of them have the same model and load it together."""
+        return None
