@@ -45,6 +45,9 @@ class Recipe:
     is_loaded: bool = False
     stale: bool = False
     aliases: Sequence[weakref.ref[torch.Tensor]] = ()
+    is_postponed: bool = False
+    is_optional: bool = False
+    claimed_by: str | None = None
     layer: weakref.ref[torch.nn.RNNBase] | None = None
 
 
