@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning_efficient_init.trainer.ddp import EfficientDDPStrategy
+from lightning_efficient_init.trainer.mixin import ConfigureModelMixin
 from lightning_efficient_init.trainer.single_device import EfficientSingleDeviceStrategy
 
-__all__ = ["EfficientDDPStrategy", "EfficientSingleDeviceStrategy"]
+__all__ = ["ConfigureModelMixin", "EfficientDDPStrategy", "EfficientSingleDeviceStrategy"]
