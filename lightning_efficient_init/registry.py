@@ -10,10 +10,12 @@ from lightning_efficient_init import fabric, trainer
 _DESCRIPTIONS = {
     "efficient_init": "One device: models built in place, checkpoints streamed",
     "efficient_init_ddp": "DDP: models built in place, checkpoints read once on each node",
+    "efficient_init_fsdp2": "FSDP2: each rank builds and reads its part of the model",
 }
 _CLASSES = {
     "efficient_init": "EfficientSingleDeviceStrategy",
     "efficient_init_ddp": "EfficientDDPStrategy",
+    "efficient_init_fsdp2": "EfficientFSDP2Strategy",
 }
 
 

@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 from lightning_efficient_init.deferred.audit import UninitializedParameterWarning, uninitialized_parameters, watch
+from lightning_efficient_init.deferred.distribute import distribute, initialize_required
 from lightning_efficient_init.deferred.materialize import (
     allocate,
+    claim,
     forget,
     has_recipe,
     initialize,
     is_deferred,
+    is_postponed,
     materialize,
     reseed,
     seeds,
 )
 from lightning_efficient_init.deferred.parameter import undisturbed
-from lightning_efficient_init.deferred.record import deferred_init, eager, empty_init
+from lightning_efficient_init.deferred.record import deferred_init, eager, empty_init, postponed_init
 
 __all__ = [
     "UninitializedParameterWarning",
     "allocate",
+    "claim",
     "deferred_init",
+    "distribute",
     "eager",
     "empty_init",
     "forget",
     "has_recipe",
     "initialize",
+    "initialize_required",
     "is_deferred",
+    "is_postponed",
     "materialize",
+    "postponed_init",
     "reseed",
     "seeds",
     "undisturbed",

@@ -63,7 +63,7 @@ class StreamsCheckpoints(Strategy):
         Returns:
             What was not asked for; its tensors are lazy.
         """
-        if not is_streamable(path) or type(self.checkpoint_io) is not TorchCheckpointIO:
+        if not self._is_streamed(path):
             kwargs = {} if weights_only is None else {"weights_only": weights_only}
             return super().load_checkpoint(path, state, strict, **kwargs)
         replicas = self.replicas()
@@ -78,6 +78,10 @@ class StreamsCheckpoints(Strategy):
             if not state:
                 return read_tree(found.tree, torch.device("cpu"), replicas=replicas)  # type: ignore[no-any-return]
             return self._load_state(state, found, strict, replicas)
+
+    def _is_streamed(self, path: _PATH) -> bool:
+        """Whether the strategy reads the checkpoint, and not a plugin of the user's or Lightning."""
+        return is_streamable(path) and type(self.checkpoint_io) is TorchCheckpointIO
 
     def replicas(self) -> Replicas | None:
         """The other ranks, where all of them have the same model and load it together."""
@@ -95,12 +99,19 @@ class StreamsCheckpoints(Strategy):
             if isinstance(obj, Module):
                 continue
             device = self.root_device if isinstance(obj, _Stateful) else torch.device("cpu")
-            value = read_tree(tree[name], device, replicas=replicas)
+            if isinstance(obj, Optimizer):
+                value = self._read_optimizer(tree[name], obj, state, found.path)
+            else:
+                value = read_tree(tree[name], device, replicas=replicas)
             if isinstance(obj, _Stateful):
                 obj.load_state_dict(value)
             else:
                 state[name] = value
         return {name: lazy_tree(value, torch.device("cpu")) for name, value in tree.items() if name not in asked}
+
+    def _read_optimizer(self, tree: Any, optimizer: Optimizer, state: Mapping[str, Any], path: str) -> dict[str, Any]:
+        """What ``optimizer`` can load of its saved state; ``state`` has the model, where that is known."""
+        return read_tree(tree, self.root_device, replicas=self.replicas())  # type: ignore[no-any-return]
 
 
 def _load_modules(

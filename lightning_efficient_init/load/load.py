@@ -19,8 +19,10 @@ from lightning_efficient_init.load.mapping import map_entries
 from lightning_efficient_init.load.order import Pair, last_per_memory, waves
 from lightning_efficient_init.load.pipeline import Settings, transfer
 from lightning_efficient_init.load.plan import LoadPlan, plan_load
+from lightning_efficient_init.load.postponed import must_wait, postpone
 from lightning_efficient_init.load.replicas import Replicas, agreed, replicas_of
 from lightning_efficient_init.load.report import LoadReport, Meter
+from lightning_efficient_init.sharding import is_sharded, part_of
 from lightning_efficient_init.sinks import Segment, Sink, sink_for
 
 
@@ -93,6 +95,8 @@ def run_plan(
 ) -> LoadReport:
     """Carry out a plan; see ``load_checkpoint``. With ``replicas``, all of them carry out theirs together."""
     started = time.perf_counter() if started is None else started
+    if must_wait(plan):
+        return postpone(plan, settings, mmap=mmap)
     model = plan.binding.module
     devices = {tensor.device for tensor in plan.binding.tensors.values()}
     with Meter(plan.num_bytes, devices, progress) as meter:
@@ -129,12 +133,13 @@ def _write(
             turns = list(waves(pairs))
             sharing = replicas and replicas.confirm([_work(turns), settings])
             for wave in turns:
-                stream([sink_for(*pair) for pair in wave], settings, meter, sharing)
+                stream([sink_for(*pair) for pair in wave if is_sharded(pair[1])], settings, meter)
+                stream([sink_for(*pair) for pair in wave if not is_sharded(pair[1])], settings, meter, sharing)
         _note_writes([tensor for _, tensor, _ in pairs])
     with torch.inference_mode():  # which may write to inference tensors as well as to others
         for name, value in sources.items():
             if isinstance(value, torch.Tensor):
-                tensors[name].copy_(value)
+                _copy_value(tensors[name], value)
     try:
         for call in binding.calls:
             call()
@@ -143,6 +148,15 @@ def _write(
         raise
     forget(tensors[name] for name in (*binding.entries, *binding.values))
     return tuple(names)
+
+
+def _copy_value(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy a value from memory to a tensor, or to this rank's part of it."""
+    part = part_of(tensor)
+    if part is None:
+        tensor.copy_(value)
+    else:
+        part.memory.copy_(part.take(value.view(part.shape)))
 
 
 def _note_writes(tensors: Sequence[torch.Tensor]) -> None:

@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_efficient_init.errors import CheckpointError
 from lightning_efficient_init.load.extents import PAGE_BYTES
 from lightning_efficient_init.load.pipeline import Settings, transfer
+from lightning_efficient_init.sharding import part_of
 from lightning_efficient_init.sinks import Segment
 
 _SMALL_BYTES = 1 << 20  # what is smaller travels together
@@ -140,13 +141,15 @@ def replicating(group: distributed.ProcessGroup) -> Iterator[None]:
 
 
 def replicas_of(model: Module) -> Replicas | None:
-    """The other ranks' copies of ``model``: DDP has them, and what `replicate` was told of."""
+    """The other ranks' copies or parts of ``model``: DDP's, FSDP's, and what `replicate` was told of."""
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             return replicas_over(module.process_group)
         if module in _replicated:
             group = _replicated[module]
             return replicas_over(group) if _is_alive(group) else None
+    if distributed.is_initialized() and any(part_of(param) is not None for param in model.parameters()):
+        return replicas_over(distributed.group.WORLD)
     return None
 
 
