@@ -14,7 +14,7 @@ from rich.text import Text
 
 from lightning_efficient_init.checkpoint.wording import show
 
-_WIDTH_IN_FILES = 200
+_WIDTH_IN_FILES = 220
 _MAX_LEVELS = 50  # of nested containers
 
 
