@@ -151,8 +151,8 @@ class Tensors(nn.Module):
     def __init__(self, count: int, numel: int) -> None:
         super().__init__()
         for start in range(0, count, 100):
-            group = [nn.Parameter(torch.randn(numel)) for _ in range(start, min(count, start + 100))]
-            self.add_module(str(start // 100), nn.ParameterList(group))
+            group = [nn.Parameter(torch.empty(numel)) for _ in range(start, min(count, start + 100))]
+            self.add_module(str(start // 100), nn.ParameterList(map(nn.init.normal_, group)))
 
 
 def build(name: str) -> nn.Module:

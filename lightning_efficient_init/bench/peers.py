@@ -38,7 +38,7 @@ class Peer:
 def _filling(
     read: Callable[[list[str], torch.device], Iterable[tuple[str, Tensor]]], *, copy: bool = False
 ) -> Callable[[L.Fabric, Module, Task], object]:
-    """Gives each parameter the tensor that was read, as it is if its device is the right one and ``copy`` is not set."""
+    """Gives each parameter the tensor that was read: as it is on the right device, unless ``copy`` is set."""
 
     def load(fabric: L.Fabric, model: Module, task: Task) -> None:
         state = {**dict(model.named_parameters()), **dict(model.named_buffers())}

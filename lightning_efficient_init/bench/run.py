@@ -23,6 +23,7 @@ from lightning_efficient_init.bench.task import DTYPES, Task
 from lightning_efficient_init.bench.ways import GROUPS, WAYS, Way
 from lightning_efficient_init.deferred import deferred_init
 from lightning_efficient_init.errors import UsageError
+from lightning_efficient_init.load.bind import named_state
 from lightning_efficient_init.memory import available_bytes
 from lightning_efficient_init.model_names import constructor_of
 
@@ -100,8 +101,8 @@ def _task(options: Options) -> Task:
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     paths = {} if options.checkpoint is None else {form_of(options.checkpoint): os.path.abspath(options.checkpoint)}
     with deferred_init():
-        state = constructor_of(options.model)().state_dict()
-    numel = sum({id(tensor): tensor.numel() for tensor in state.values()}.values())
+        model = constructor_of(options.model)()
+    numel = sum({id(tensor): tensor.numel() for tensor in named_state(model).values()}.values())
     num_bytes = numel * DTYPES[options.precision].itemsize
     return Task(options.model, paths, options.precision, accelerator, num_bytes)
 

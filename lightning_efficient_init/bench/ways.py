@@ -182,7 +182,9 @@ LIGHTNING: Mapping[str, Way] = {
 }
 
 OURS: Mapping[str, Way] = {
-    "ours": Way("init_module(empty_init=True), load_raw", "ours", "pth", _in_fabric(_our_fabric, _load_raw("pth"))),
+    "ours-load_raw": Way(
+        "init_module(empty_init=True), load_raw", "ours", "pth", _in_fabric(_our_fabric, _load_raw("pth"))
+    ),
     "ours-safetensors": Way(
         "the same, from safetensors", "ours", "safetensors", _in_fabric(_our_fabric, _load_raw("safetensors"))
     ),
