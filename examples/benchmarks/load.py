@@ -27,13 +27,13 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.utilities.load import _lazy_load
-from models import SIZES, build
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 from torch import nn
 
 from lightning_efficient_init import EfficientInit
+from lightning_efficient_init.bench.llama import SIZES, build
 from lightning_efficient_init.memory import PeakMemory
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
