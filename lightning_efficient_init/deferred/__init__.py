@@ -10,9 +10,10 @@ from lightning_efficient_init.deferred.materialize import (
     initialize,
     is_deferred,
     materialize,
+    settle,
 )
 from lightning_efficient_init.deferred.parameter import undisturbed
-from lightning_efficient_init.deferred.record import deferred_init, eager, empty_init
+from lightning_efficient_init.deferred.record import deferred_init, eager, empty_init, layerwise_init, recording
 
 __all__ = [
     "UninitializedParameterWarning",
@@ -24,7 +25,10 @@ __all__ = [
     "has_recipe",
     "initialize",
     "is_deferred",
+    "layerwise_init",
     "materialize",
+    "recording",
+    "settle",
     "undisturbed",
     "uninitialized_parameters",
     "watch",

@@ -45,22 +45,32 @@ class _Kept:
 
 def allocate(groups: dict[Recipe, list[torch.Tensor]]) -> None:
     """Give deferred tensors, by recipe, memory with a canary, or values if they were loaded or cannot hold one."""
-    valued = [r for r, tensors in groups.items() if r.is_loaded or not all(_can_be_empty(t) for t in tensors)]
-    memory = evaluate(valued)
-    empty: list[torch.Tensor] = []
-    for recipe, tensors in groups.items():
-        storage = memory.get(recipe)
-        if storage is None:
-            storage = torch.UntypedStorage(recipe.num_bytes, device=recipe.device)
-            refs = [Ref.to(tensor, recipe) for tensor in tensors]
-            parameter.give_memory(tensors, storage)
-            for tensor, ref in zip(tensors, refs, strict=True):
-                tensor.__dict__[_RECIPE] = _Kept(ref)
-            empty += tensors[:1]
-        else:
-            parameter.give_memory(tensors, storage)
-    for probes, canary in _batches(_by_kind(empty)):
+    valued = {r for r, tensors in groups.items() if r.is_loaded or not all(_can_be_empty(t) for t in tensors)}
+    evaluate(valued, deliver=lambda recipe, storage: parameter.give_memory(groups[recipe], storage))
+    empty = [t for recipe in groups if recipe not in valued for t in _allocate_empty(recipe, groups[recipe])]
+    for probes, canary in _batches(_by_kind(map(_marked, empty))):
         torch._foreach_copy_(probes, [canary] * len(probes))
+
+
+def _allocate_empty(recipe: Recipe, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Give memory, and keep the recipe at hand; returns who is to carry the canary."""
+    if recipe.form is not None:
+        tensors = [t for t in tensors if isinstance(t, torch.nn.Parameter)]
+    refs = [Ref.to(tensor, recipe) for tensor in tensors]
+    if recipe.form is None:
+        parameter.give_memory(tensors, torch.UntypedStorage(recipe.num_bytes, device=recipe.device))
+    else:
+        for tensor in tensors:
+            recipe.form.allocate(tensor, recipe.device)
+    for tensor, ref in zip(tensors, refs, strict=True):
+        tensor.__dict__[_RECIPE] = _Kept(ref)
+    return tensors[:1]
+
+
+def _marked(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of an allocated tensor that has the canary."""
+    recipe = recipe_of_empty(tensor)
+    return tensor if recipe is None or recipe.form is None else recipe.form.marked(tensor)
 
 
 def recipe_of_empty(tensor: torch.Tensor) -> Recipe | None:
@@ -77,7 +87,10 @@ def forget(tensor: torch.Tensor) -> None:
 def fill(tensor: torch.Tensor, recipe: Recipe, storage: torch.UntypedStorage) -> None:
     """Write the values that ``storage``, the memory of ``recipe``, has for ``tensor``."""
     kept: _Kept = tensor.__dict__.pop(_RECIPE)
-    tensor.detach().copy_(kept.ref.on(storage))
+    if recipe.form is None:
+        tensor.detach().copy_(kept.ref.on(storage))
+    else:
+        recipe.form.write(tensor, kept.ref.on(storage))
 
 
 def uninitialized_parameters(model: torch.nn.Module) -> list[str]:
@@ -94,7 +107,7 @@ def _unwritten(model: torch.nn.Module) -> tuple[list[str], list[str]]:
         named = dict(model.named_parameters())
         deferred = {name for name, p in named.items() if p.is_meta and recipe_of(p) is not None}
         names = [name for name, p in named.items() if p.__dict__.get(_RECIPE) is not None and not p.is_meta]
-        intact = dict(zip(names, _intact([named[name] for name in names]), strict=True))
+        intact = dict(zip(names, _intact([_marked(named[name]) for name in names]), strict=True))
     whole = [name for name in named if name in deferred or intact.get(name, 0) == 1]
     return whole, [name for name in named if 0 < intact.get(name, 0) < 1]
 

@@ -97,15 +97,28 @@ def initialize(model: torch.nn.Module, names: Iterable[str] | None = None) -> li
         params = {name: known[name] for name in chosen}
         layers = recurrent.scattered(model.modules())
         deferred = _groups(params.values())
-        empty = {name: recipe for name, p in params.items() if (recipe := audit.recipe_of_empty(p)) is not None}
-        done = [name for name, p in params.items() if name in empty or is_deferred(p)]
-        memory = evaluate([*deferred, *empty.values()])
-        for recipe, tensors in deferred.items():
-            parameter.give_memory(tensors, memory[recipe])
-        for name, recipe in empty.items():
-            audit.fill(params[name], recipe, memory[recipe])
+        done = [name for name, p in params.items() if has_recipe(p)]
+        empty: dict[Recipe, list[torch.Tensor]] = {}
+        for param in params.values():
+            if (recipe := audit.recipe_of_empty(param)) is not None:
+                empty.setdefault(recipe, []).append(param)
+
+        def deliver(recipe: Recipe, storage: torch.UntypedStorage) -> None:
+            parameter.give_memory(deferred.get(recipe, ()), storage)
+            for param in empty.get(recipe, ()):
+                audit.fill(param, recipe, storage)
+
+        evaluate(dict.fromkeys((*deferred, *empty)), deliver=deliver)
         recurrent.flatten(layers)
     return done
+
+
+def settle(module: torch.nn.Module) -> None:
+    """Do to ``module`` now what waits for the recording to end, if one is under way: it is about to be loaded."""
+    recorder = current()
+    if recorder is not None:
+        with parameter.undisturbed():
+            recorder.settle(module)
 
 
 def forget(tensors: Iterable[torch.Tensor]) -> None:

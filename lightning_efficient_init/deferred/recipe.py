@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from lightning_efficient_init.deferred.form import Form
+
 _ATTRIBUTE = "_efficient_init_recipe"
 _orders = itertools.count()
 
@@ -33,6 +35,7 @@ class Recipe:
         is_loaded: Its values come from outside of the recording, at least in part: a checkpoint was loaded into it.
         stale: ``real`` lacks what was written through the parameter since.
         aliases: Tensors that share the memory, where it is more than one parameter.
+        form: How the one parameter in this memory keeps its values, where that is not as a plain tensor.
     """
 
     device: torch.device
@@ -44,6 +47,7 @@ class Recipe:
     is_loaded: bool = False
     stale: bool = False
     aliases: Sequence[weakref.ref[torch.Tensor]] = ()
+    form: Form | None = None
 
 
 @dataclass(slots=True, eq=False)

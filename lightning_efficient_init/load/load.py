@@ -20,7 +20,8 @@ from lightning_efficient_init.load.order import last_per_memory, waves
 from lightning_efficient_init.load.pipeline import Settings, transfer
 from lightning_efficient_init.load.plan import LoadPlan, plan_load
 from lightning_efficient_init.load.report import LoadReport, Meter
-from lightning_efficient_init.sinks import Segment, Sink, sink_for
+from lightning_efficient_init.quantize import parts_of
+from lightning_efficient_init.sinks import Segment, Sink, sinks_for
 
 
 def load_checkpoint(
@@ -121,7 +122,7 @@ def _write(model: Module, binding: Binding, settings: Settings, meter: Meter, *,
             map_entries(pairs)
         else:
             for wave in waves(pairs):
-                stream([sink_for(*pair) for pair in wave], settings, meter)
+                stream([sink for pair in wave for sink in sinks_for(*pair)], settings, meter)
         _note_writes([tensor for _, tensor, _ in pairs])
     with torch.inference_mode():  # which may write to inference tensors as well as to others
         for name, value in sources.items():
@@ -158,7 +159,7 @@ def _with_memory(model: Module, binding: Binding, names: Sequence[str]) -> Mappi
     )
     if any(_is_meta(binding.tensors[name]) for name in deferred):
         allocate(model)  # buffers that are views of parameters get their memory from those
-    return {**binding.tensors, **named_state(model)}
+    return {**binding.tensors, **named_state(model), **parts_of(model)}
 
 
 def _is_meta(tensor: torch.Tensor) -> bool:
