@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -22,8 +22,9 @@ from lightning_efficient_init.load.plan import LoadPlan, plan_load
 from lightning_efficient_init.load.postponed import must_wait, postpone
 from lightning_efficient_init.load.replicas import Replicas, agreed, replicas_of
 from lightning_efficient_init.load.report import LoadReport, Meter
+from lightning_efficient_init.quantize import parts_of
 from lightning_efficient_init.sharding import is_sharded, part_of
-from lightning_efficient_init.sinks import Segment, Sink, sink_for
+from lightning_efficient_init.sinks import Segment, Sink, sinks_for
 
 
 def load_checkpoint(
@@ -133,8 +134,8 @@ def _write(
             turns = list(waves(pairs))
             sharing = replicas and replicas.confirm([_work(turns), settings])
             for wave in turns:
-                stream([sink_for(*pair) for pair in wave if is_sharded(pair[1])], settings, meter)
-                stream([sink_for(*pair) for pair in wave if not is_sharded(pair[1])], settings, meter, sharing)
+                stream(_sinks(pair for pair in wave if is_sharded(pair[1])), settings, meter)
+                stream(_sinks(pair for pair in wave if not is_sharded(pair[1])), settings, meter, sharing)
         _note_writes([tensor for _, tensor, _ in pairs])
     with torch.inference_mode():  # which may write to inference tensors as well as to others
         for name, value in sources.items():
@@ -180,13 +181,17 @@ def _with_memory(model: Module, binding: Binding, names: Sequence[str]) -> Mappi
     )
     if any(_is_meta(binding.tensors[name]) for name in deferred):
         allocate(model)  # buffers that are views of parameters get their memory from those
-    return {**binding.tensors, **named_state(model)}
+    return {**binding.tensors, **named_state(model), **parts_of(model)}
 
 
 def _is_meta(tensor: torch.Tensor) -> bool:
     """The truth, also while construction is recorded and deferred tensors answer for the device they will be on."""
     with torch._C.DisableTorchFunction():
         return tensor.is_meta
+
+
+def _sinks(pairs: Iterable[Pair]) -> list[Sink]:
+    return [sink for pair in pairs for sink in sinks_for(*pair)]
 
 
 def _work(turns: Sequence[Sequence[Pair]]) -> list[object]:
