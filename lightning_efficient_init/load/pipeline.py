@@ -257,7 +257,7 @@ class _Lane:
     def _fill(self, buffers: list[memoryview], read: Read) -> None:
         """Read all of ``read`` into ``buffers``."""
         try:
-            _read_fully(self._open(read.file), list(buffers), read.offset)
+            _read_into(self._open(read.file), buffers, read)
         except OSError:
             self._fill_again(buffers, read)
 
@@ -267,7 +267,7 @@ class _Lane:
             for attempt in _retrying():
                 with attempt:
                     self._close()
-                    _read_fully(self._open(read.file), list(buffers), read.offset)
+                    _read_into(self._open(read.file), buffers, read)
         except _ShortReadError as error:
             raise CorruptCheckpointError(
                 f"{read.file}: expected {read.num_bytes} bytes at position {read.offset} (tensor "
@@ -307,7 +307,7 @@ class _StagedLane(_Lane):
     def load(self, read: Read) -> None:
         """Read into the slot whose turn it is, from where elements are as aligned as they are in the file."""
         self._turn = (self._turn + 1) % SLOTS_PER_THREAD
-        slot, start = self._slots[self._turn], read.offset % PAGE_BYTES
+        slot, start = self._slots[self._turn], 0 if read.row_bytes else read.offset % PAGE_BYTES
         self._wait_for_slot()
         self._fill([slot.memory(start, read.num_bytes)], read)
         if len(read.pieces) < _MANY_PIECES:
@@ -384,6 +384,20 @@ def _retrying() -> Retrying:
         retry=retry_if_exception_type(OSError),
         reraise=True,
     )
+
+
+def _read_into(fd: int, buffers: Sequence[memoryview], read: Read) -> None:
+    """Bring the bytes of ``read`` into ``buffers``; a read of rows has one buffer for all of them."""
+    if not read.row_bytes:
+        _read_fully(fd, list(buffers), read.offset)
+        return
+    (buffer,), row = buffers, read.row_bytes
+    offset = read.offset
+    for start in range(0, read.num_bytes, row):
+        view = buffer[start : start + row]
+        if os.preadv(fd, [view], offset) != row:
+            _read_fully(fd, [view], offset)
+        offset += read.pitch_bytes
 
 
 def _read_fully(fd: int, buffers: list[memoryview], offset: int) -> None:
