@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_efficient_init.checkpoint import Entry
 from lightning_efficient_init.deferred import has_recipe
 from lightning_efficient_init.errors import UsageError
+from lightning_efficient_init.fsdp2 import repeated_blocks
 from lightning_efficient_init.load.keys import KeyMap
 from lightning_efficient_init.load.pipeline import SLOTS_PER_THREAD, Settings, divide
 from lightning_efficient_init.load.plan import LoadPlan, plan_load, unwrap
@@ -68,9 +69,9 @@ class MemoryPlan:
         precision: The precision, or None for the model's own dtypes.
         quantize: The quantization, or None.
         device_type: "cuda" or "cpu".
-        bytes_read: Read from files by the rank that reads most; in a replicated model one rank of a node reads all.
+        bytes_read: Read from files; ranks of a node that hold the same read an even share each, and hand it on.
         device: What is on the device after loading, and in training: "parameters", "buffers", "gradients", "optimizer
-            state".
+            state"; and "communication", the buckets that DDP has from the moment it wraps a model.
         loading: What the device needs beside parameters and buffers, while loading.
         training: What the device needs beside all of ``device``, in a training step; activations not included.
         host: Growth of the host's anonymous memory while loading, at its highest. On a CPU, ``device`` is on the host,
@@ -98,7 +99,7 @@ class MemoryPlan:
     @property
     def load_peak_bytes(self) -> int:
         """Most memory on the device while loading."""
-        return self.final_bytes + self.loading
+        return self.final_bytes + self.device["communication"] + self.loading
 
     @property
     def device_peak_bytes(self) -> int:
@@ -210,9 +211,12 @@ def answer(model: Module, plan: LoadPlan | None, asked: Question) -> MemoryPlan:
         precision=asked.precision,
         quantize=asked.quantize,
         device_type=asked.device_type,
-        bytes_read=0 if plan is None else _part_of(plan.num_bytes, share),
-        device={name: 0 if is_offloaded else num_bytes for name, num_bytes in stays.items()}
-        | {"buffers": sizes.buffers},
+        bytes_read=0 if plan is None else _part_of(plan.num_bytes, asked.num_devices),
+        device={
+            **(dict.fromkeys(stays, 0) if is_offloaded else stays),
+            "buffers": sizes.buffers,
+            "communication": sizes.trainable if asked.strategy == "efficient_init_ddp" else 0,
+        },
         loading=_scratch(sizes, plan, asked) + (sizes.largest_block if asked.strategy not in _REPLICATED else 0),
         training=0 if asked.optimizer is None else _in_training(sizes, asked, share),
         host=_host(plan, asked),
@@ -285,7 +289,8 @@ class _Sizes:
         self.parameters = sum(self.of_parameter.values())
         self.buffers = sum(self._rounded(b.nbytes) for b in {id(b): b for b in model.buffers()}.values())
         trainable = [p for key, p in parameters.items() if p.requires_grad and key not in quantized]
-        self.gradients = sum(map(self._plain, trainable)) if asked.optimizer else 0
+        self.trainable = sum(map(self._plain, trainable))
+        self.gradients = self.trainable if asked.optimizer else 0
         self.temporary_share = 0.0  # of the parameters that an optimizer steps at once
         self.optimizer_state = self._optimizer_state(trainable) if asked.optimizer else 0
         self.largest_trainable = max(map(self._plain, trainable), default=0)
@@ -330,27 +335,11 @@ class _Sizes:
 
     def _blocks(self, model: Module) -> tuple[int, int]:
         """Bytes of the largest of the repeated blocks, and of all parameters that are in none."""
-        blocks = list(_repeated_blocks(model))
+        blocks = list(repeated_blocks(model))
         inside = {id(p) for block in blocks for p in block.parameters()}
         largest = max((sum(self.of_parameter[id(p)] for p in block.parameters()) for block in blocks), default=0)
         rest = [num_bytes for key, num_bytes in self.of_parameter.items() if key not in inside]
         return max([largest, *rest]), sum(rest)
-
-
-def _repeated_blocks(model: Module) -> Iterator[Module]:
-    """Children that are numbered, as those of a ``ModuleList`` are; the outermost ones."""
-    waiting = [model]
-    while waiting:
-        module = waiting.pop()
-        children = [child for child in module._modules.values() if child is not None]
-        if (
-            len(children) > 1
-            and all(name.isdecimal() for name in module._modules)
-            and any(True for _ in module.parameters())
-        ):
-            yield from children
-        else:
-            waiting += children
 
 
 def _quantizable(model: Module, skip_modules: Sequence[str]) -> set[int]:
@@ -461,12 +450,10 @@ def _host(plan: LoadPlan | None, asked: Question) -> int:
 
 
 def _in_training(sizes: _Sizes, asked: Question, share: int) -> int:
-    """Beside weights, gradients and state: buckets of DDP, gathered blocks, and what an optimizer's step computes."""
+    """Beside weights, gradients and state: gathered blocks, or what an optimizer's step computes."""
     # on CUDA torch steps all parameters at once; on a CPU one after the other
     at_once = _part_of(sizes.gradients, share) if asked.device_type == "cuda" else sizes.largest_trainable
     step = round(sizes.temporary_share * at_once)
-    if asked.strategy == "efficient_init_ddp":
-        return sizes.gradients + step
     gathered = 0 if asked.strategy in _REPLICATED else 2 * sizes.largest_block + sizes.rest
     return max(gathered, step)
 

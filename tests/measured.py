@@ -48,3 +48,31 @@ def _warm_up(device, optimizer):
         parameter.grad = torch.zeros_like(parameter)
         optimizer([parameter]).step()
     gc.collect()
+
+
+class Blocks(torch.nn.Module):
+    """Eight blocks of 32 MiB, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(2048, 4096, bias=False) for _ in range(8))
+        self.head = torch.nn.Linear(2048, 100)
+
+
+def load_on_rank(rank, strategy, world_size, path):
+    """Build, shard and load on one of several ranks; peak of the host, and bytes read."""
+    warnings.simplefilter("ignore")
+    fabric = L.Fabric(accelerator="cpu", devices=world_size, strategy=strategy, precision="32-true")
+    fabric.launch()
+    with fabric.init_module(empty_init=True):
+        small = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    fabric.setup(small)  # libraries that are imported at the first use are not what is measured
+    gc.collect()
+    before = bytes_read()
+    with PeakMemory(in_background=True) as memory:
+        with fabric.init_module(empty_init=True):
+            module = Blocks()
+        module = fabric.setup(module)
+        fabric.load_raw(path, module)
+        read = bytes_read() - before
+    return memory.host_bytes, read

@@ -4,6 +4,7 @@ import bitsandbytes as bnb
 import measured
 import pytest
 import torch
+from ranks import run_ranks
 from torch import nn
 
 from lightning_efficient_init import deferred_init, plan_load
@@ -154,14 +155,14 @@ def test_a_rank_has_its_share_and_a_block():
     assert copy.final_bytes == whole.final_bytes
 
 
-def test_ranks_read_their_part_and_copies_read_once(tmp_path):
+def test_each_rank_reads_an_even_share(tmp_path):
     model = nn.Linear(64, 64, bias=False)
     torch.save(model.state_dict(), tmp_path / "a.pth")
     reads = {
         strategy: plan_memory(model, tmp_path / "a.pth", strategy=strategy, num_devices=2).bytes_read
         for strategy in ("efficient_init_ddp", "efficient_init_fsdp", "efficient_init_fsdp2")
     }
-    assert reads == {"efficient_init_ddp": 16384, "efficient_init_fsdp": 8192, "efficient_init_fsdp2": 8192}
+    assert set(reads.values()) == {8192}
 
 
 def test_offloading_moves_what_stays_to_the_host():
@@ -238,3 +239,18 @@ def test_a_plan_of_a_load_can_be_handed_over(tmp_path):
     torch.save(model.state_dict(), tmp_path / "a.pth")
     plan = plan_load(model, tmp_path / "a.pth")
     assert plan_memory(model, plan) == plan_memory(model, tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("strategy", ["efficient_init_ddp", "efficient_init_fsdp", "efficient_init_fsdp2"])
+def test_predictions_are_what_each_rank_takes(strategy, tmp_path):
+    state = {name: torch.ones(p.shape) for name, p in measured.Blocks().state_dict().items()}
+    torch.save(state, tmp_path / "a.pth")
+    with deferred_init():
+        model = measured.Blocks()
+    plan = plan_memory(model, tmp_path / "a.pth", strategy=strategy, num_devices=2, device_type="cpu")
+    for host, read in run_ranks(measured.load_on_rank, 2, strategy, 2, str(tmp_path / "a.pth")):
+        assert abs(read - plan.bytes_read) <= 0.05 * plan.bytes_read + 4 * MIB
+        if strategy == "efficient_init_fsdp":  # on a CPU it lets go of whole units only when all are wrapped
+            assert host > plan.host_peak_bytes - 64 * MIB
+        else:
+            assert_close(plan.host_peak_bytes, host)

@@ -7,10 +7,11 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
 import torch
-from torch.nn import Embedding, Linear, Module, Parameter
+from torch.nn import Embedding, Linear, Module, ModuleList, Parameter
 
 from lightning_efficient_init.checkpoint import Entry, index_checkpoint
 from lightning_efficient_init.cli.console import console, plain, size, table
@@ -151,18 +152,19 @@ def _parameter(entry: Entry) -> Parameter:
 
 def _below(model: Module, path: list[str], last: str, entry: Entry) -> Module:
     """The module that owns a tensor: a linear layer, if it is a matrix that is called as theirs is."""
-    for segment in path[:-1]:
-        model = model._modules.setdefault(segment, Module())  # type: ignore[assignment]
+    for segment, following in pairwise(path):
+        container = ModuleList() if following.isdecimal() else Module()
+        model = model._modules.setdefault(segment, container)  # type: ignore[assignment]
     if not path:
         return model
     is_matrix = last == "weight" and len(entry.shape) == 2 and entry.dtype.is_floating_point
     is_embedding = re.search(r"emb|wte|wpe", path[-1]) is not None
-    made: Module = Module()
+    made: Module = ModuleList() if last.isdecimal() else Module()
     if is_matrix:
         with torch.device("meta"):
             made = Embedding(1, 1) if is_embedding else Linear(1, 1, bias=False)
     present = model._modules.get(path[-1])
-    if present is None or (is_matrix and type(present) is Module and not present._modules):
+    if present is None or (is_matrix and isinstance(present, Module) and not present._modules):
         if present is not None:
             made._parameters.update(present._parameters)
         model._modules[path[-1]] = made
