@@ -3,10 +3,3 @@
 model's name -> files (files.py) -> ways (ways.py, peers.py), each in a fresh process (row.py, run.py),
 beside the machine's own limits (limits.py) -> results (results.py), drawn (chart.py)
 """
-
-from __future__ import annotations
-
-from lightning_efficient_init.bench.results import Results
-from lightning_efficient_init.bench.run import Options, run_bench
-
-__all__ = ["Options", "Results", "run_bench"]

@@ -15,6 +15,7 @@ from queue import Empty, SimpleQueue
 import torch
 
 from lightning_efficient_init.bench.task import Task
+from lightning_efficient_init.cores import available_cores
 
 _CHUNK_BYTES = 8 << 20
 _MAX_THREADS = 16
@@ -88,7 +89,7 @@ def _taken_from(chunks: SimpleQueue[_Chunk]) -> Iterator[_Chunk]:
 
 
 def _num_threads() -> int:
-    return min(_MAX_THREADS, len(os.sched_getaffinity(0)))
+    return min(_MAX_THREADS, available_cores())
 
 
 def _memory(num_bytes: int) -> memoryview:

@@ -21,6 +21,7 @@ from lightning_efficient_init.bench.results import Results
 from lightning_efficient_init.bench.row import Row, measure
 from lightning_efficient_init.bench.task import DTYPES, Task
 from lightning_efficient_init.bench.ways import GROUPS, WAYS, Way
+from lightning_efficient_init.cores import available_cores
 from lightning_efficient_init.deferred import deferred_init
 from lightning_efficient_init.errors import UsageError
 from lightning_efficient_init.load.bind import named_state
@@ -114,7 +115,7 @@ def _with_paths(task: Task, paths: Mapping[str, str]) -> Task:
 def _machine(task: Task) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if task.accelerator == "cuda" else platform.processor() or "CPU",
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": available_cores(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -7,9 +7,9 @@ import argparse
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lightning_efficient_init.bench import Options, Results, run_bench
 from lightning_efficient_init.bench.chart import draw
-from lightning_efficient_init.bench.results import HEADINGS, NUMBERS
+from lightning_efficient_init.bench.results import HEADINGS, NUMBERS, Results
+from lightning_efficient_init.bench.run import Options, run_bench
 from lightning_efficient_init.bench.task import DTYPES
 from lightning_efficient_init.bench.ways import GROUPS, WAYS
 from lightning_efficient_init.cli.console import console, plain, table

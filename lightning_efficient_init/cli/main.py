@@ -7,10 +7,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lightning_efficient_init.cli import bench, inspect
+from lightning_efficient_init.cli import bench, inspect, plan
 from lightning_efficient_init.errors import EfficientInitError
 
-_COMMANDS = {"inspect": inspect, "bench": bench}
+_COMMANDS = {"inspect": inspect, "plan": plan, "bench": bench}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -37,6 +37,7 @@ from queue import Empty, SimpleQueue
 import torch
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
+from lightning_efficient_init.cores import available_cores
 from lightning_efficient_init.errors import CheckpointError, CheckpointReadError, CorruptCheckpointError
 from lightning_efficient_init.load.extents import PAGE_BYTES, Piece, Read, plan_reads
 from lightning_efficient_init.sinks import Segment
@@ -58,7 +59,7 @@ class Settings:
 
     Attributes:
         host_buffer_bytes: Upper bound of the staging memory on the host.
-        num_threads: Threads that read; by default the cores this process may run on, at most 12.
+        num_threads: Threads that read; by default the cores this process may use, at most 12.
     """
 
     host_buffer_bytes: int = 256 << 20
@@ -111,16 +112,11 @@ def _tick_from(on_tick: Callable[[int], None], done_before: int, done: int) -> N
     on_tick(done_before + done)
 
 
-def available_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class _Pipeline:
     """One load of segments that all go to one device."""
 
     def __init__(self, device: torch.device, segments: Sequence[Segment], settings: Settings) -> None:
-        threads, slot_bytes = _divide(settings)
+        threads, slot_bytes = divide(settings)
         self.device = device
         self.reads = plan_reads(segments, slot_bytes - 2 * PAGE_BYTES)  # room to align a read in its slot
         self.num_bytes = sum(read.num_bytes for read in self.reads)
@@ -169,7 +165,7 @@ class _Pipeline:
         return list(dict.fromkeys(piece.segment.name for read in taken for piece in read.pieces))
 
 
-def _divide(settings: Settings) -> tuple[int, int]:
+def divide(settings: Settings) -> tuple[int, int]:
     """How many threads, and the bytes of each of their slots, so that all slots fit the host buffer."""
     threads = settings.num_threads or min(MAX_THREADS, available_cores())
     while threads > 1 and settings.host_buffer_bytes < threads * MIN_HOST_BUFFER_BYTES:

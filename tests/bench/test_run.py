@@ -8,10 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_efficient_init.bench import Options, run_bench
 from lightning_efficient_init.bench.files import LoadedModule, check_space, form_of, stored_weights, write_files
 from lightning_efficient_init.bench.llama import build
-from lightning_efficient_init.bench.run import in_fresh_process
+from lightning_efficient_init.bench.run import Options, in_fresh_process, run_bench
 from lightning_efficient_init.bench.task import Task
 from lightning_efficient_init.bench.ways import WAYS
 from lightning_efficient_init.cli import main
