@@ -405,8 +405,9 @@ class Linear4bit(QuantizedLayer, bnb.nn.Linear4bit):  # type: ignore[misc]
         if not isinstance(weight, bnb.nn.Params4bit):  # somebody has put another one in its place: a tie, say
             return functional.linear(x, weight, self.bias)
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
-        out = bnb.matmul_4bit(x.to(self.compute_dtype), weight, bias=bias, quant_state=weight.quant_state)
-        return out.to(x.dtype)  # type: ignore[no-any-return]
+        rows = x.to(self.compute_dtype).reshape(-1, x.shape[-1])
+        out = bnb.matmul_4bit(rows, weight, bias=bias, quant_state=weight.quant_state)
+        return out.to(x.dtype).view(*x.shape[:-1], out.shape[-1])  # type: ignore[no-any-return]
 
 
 class Linear8bit(QuantizedLayer, bnb.nn.Linear8bitLt):  # type: ignore[misc]
@@ -416,19 +417,25 @@ class Linear8bit(QuantizedLayer, bnb.nn.Linear8bitLt):  # type: ignore[misc]
         """Multiply as LLM.int8() does."""
         if self.is_waiting:
             self.quantize()
-        weight: Any = self.weight
+        given: Any = self.weight
+        weight = given
         is_quantized = isinstance(weight, bnb.nn.Int8Params)
         if not is_quantized and self.packing is not None:  # somebody has put another one in its place: a tie, say
             return functional.linear(x, weight, self.bias)
         if self.is_transposed and not is_quantized:
             weight = weight.t().contiguous()
         state = bnb.MatmulLtState()
-        state.threshold, state.is_training = self.state.threshold, self.training
+        if not torch.is_grad_enabled():
+            weight = weight.detach()  # else bitsandbytes prepares for a gradient, which it cannot in eval on a CPU
+        state.threshold, state.is_training = self.state.threshold, self.training or weight.requires_grad
         state.has_fp16_weights = not is_quantized
         if is_quantized:
-            state.CB, state.SCB = weight.data, weight.SCB
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        out = bnb.matmul(x.reshape(-1, x.shape[-1]), weight, bias=bias, state=state)
+            state.CB, state.SCB = weight.data, given.SCB
+        device_type = x.device.type
+        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        with torch.autocast(device_type, enabled=False):  # bitsandbytes mixes up dtypes in the backward pass
+            out = bnb.matmul(x.to(dtype).reshape(-1, x.shape[-1]), weight, bias=bias, state=state)
         return out.view(*x.shape[:-1], out.shape[-1])  # type: ignore[no-any-return]
 
 
