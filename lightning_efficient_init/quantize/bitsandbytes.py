@@ -384,14 +384,18 @@ def _to_float16(rows: Tensor) -> tuple[Tensor, Tensor | None]:
     """Rows in float16, those that do not fit scaled by a power of two; and what undoes that, a number for each row."""
     if rows.dtype == torch.float16:
         return rows, None
-    largest = torch.linalg.vector_norm(rows, math.inf, dim=1, dtype=torch.float32)
+    largest = torch.linalg.vector_norm(rows, math.inf, dim=1).float()
     _, exponent = torch.frexp(largest)  # largest < 2 ** exponent
     is_scaled = (largest > _FLOAT16_MAX) & largest.isfinite()
     exponent = torch.where(is_scaled, exponent - 15, 0)
-    one = torch.ones_like(largest)
     half = torch.empty_like(rows, dtype=torch.float16)
-    torch.mul(rows, torch.ldexp(one, -exponent).to(rows.dtype).unsqueeze(1), out=half)
-    return half, torch.ldexp(one, exponent)
+    torch.mul(rows, _power_of_two(-exponent).to(rows.dtype).unsqueeze(1), out=half)
+    return half, _power_of_two(exponent)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """``2 ** exponent`` from its bits: the functions of a device need not be exact."""
+    return ((exponent.int() + 127) << 23).view(torch.float32)
 
 
 class Linear4bit(QuantizedLayer, bnb.nn.Linear4bit):  # type: ignore[misc]
