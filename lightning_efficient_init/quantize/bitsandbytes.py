@@ -384,14 +384,18 @@ def _to_float16(rows: Tensor) -> tuple[Tensor, Tensor | None]:
     """Rows in float16, those that do not fit scaled by a power of two; and what undoes that, a number for each row."""
     if rows.dtype == torch.float16:
         return rows, None
-    largest = torch.linalg.vector_norm(rows, math.inf, dim=1, dtype=torch.float32)
+    largest = torch.linalg.vector_norm(rows, math.inf, dim=1).float()
     _, exponent = torch.frexp(largest)  # largest < 2 ** exponent
     is_scaled = (largest > _FLOAT16_MAX) & largest.isfinite()
     exponent = torch.where(is_scaled, exponent - 15, 0)
-    one = torch.ones_like(largest)
     half = torch.empty_like(rows, dtype=torch.float16)
-    torch.mul(rows, torch.ldexp(one, -exponent).to(rows.dtype).unsqueeze(1), out=half)
-    return half, torch.ldexp(one, exponent)
+    torch.mul(rows, _power_of_two(-exponent).to(rows.dtype).unsqueeze(1), out=half)
+    return half, _power_of_two(exponent)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """``2 ** exponent`` from its bits: the functions of a device need not be exact."""
+    return ((exponent.int() + 127) << 23).view(torch.float32)
 
 
 class Linear4bit(QuantizedLayer, bnb.nn.Linear4bit):  # type: ignore[misc]
@@ -405,8 +409,9 @@ class Linear4bit(QuantizedLayer, bnb.nn.Linear4bit):  # type: ignore[misc]
         if not isinstance(weight, bnb.nn.Params4bit):  # somebody has put another one in its place: a tie, say
             return functional.linear(x, weight, self.bias)
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
-        out = bnb.matmul_4bit(x.to(self.compute_dtype), weight, bias=bias, quant_state=weight.quant_state)
-        return out.to(x.dtype)  # type: ignore[no-any-return]
+        rows = x.to(self.compute_dtype).reshape(-1, x.shape[-1])
+        out = bnb.matmul_4bit(rows, weight, bias=bias, quant_state=weight.quant_state)
+        return out.to(x.dtype).view(*x.shape[:-1], out.shape[-1])  # type: ignore[no-any-return]
 
 
 class Linear8bit(QuantizedLayer, bnb.nn.Linear8bitLt):  # type: ignore[misc]
@@ -416,19 +421,25 @@ class Linear8bit(QuantizedLayer, bnb.nn.Linear8bitLt):  # type: ignore[misc]
         """Multiply as LLM.int8() does."""
         if self.is_waiting:
             self.quantize()
-        weight: Any = self.weight
+        given: Any = self.weight
+        weight = given
         is_quantized = isinstance(weight, bnb.nn.Int8Params)
         if not is_quantized and self.packing is not None:  # somebody has put another one in its place: a tie, say
             return functional.linear(x, weight, self.bias)
         if self.is_transposed and not is_quantized:
             weight = weight.t().contiguous()
         state = bnb.MatmulLtState()
-        state.threshold, state.is_training = self.state.threshold, self.training
+        if not torch.is_grad_enabled():
+            weight = weight.detach()  # else bitsandbytes prepares for a gradient, which it cannot in eval on a CPU
+        state.threshold, state.is_training = self.state.threshold, self.training or weight.requires_grad
         state.has_fp16_weights = not is_quantized
         if is_quantized:
-            state.CB, state.SCB = weight.data, weight.SCB
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        out = bnb.matmul(x.reshape(-1, x.shape[-1]), weight, bias=bias, state=state)
+            state.CB, state.SCB = weight.data, given.SCB
+        device_type = x.device.type
+        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        with torch.autocast(device_type, enabled=False):  # bitsandbytes mixes up dtypes in the backward pass
+            out = bnb.matmul(x.to(dtype).reshape(-1, x.shape[-1]), weight, bias=bias, state=state)
         return out.view(*x.shape[:-1], out.shape[-1])  # type: ignore[no-any-return]
 
 

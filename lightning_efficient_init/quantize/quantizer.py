@@ -64,10 +64,15 @@ class Quantizer:
     def convert(self, model: Module) -> None:
         """Replace the layers of a complete model. Weights that have values are quantized when the model is moved.
 
+        A model that has quantized layers was built under ``init_module``; what was added to it since (adapters, a new
+        head) stays as it is.
+
         Raises:
             QuantizationError: A pattern of ``skip`` names nothing, or there is nothing to quantize.
         """
-        self._replace(choose([model], self.skip))
+        if not any(isinstance(module, QuantizedLayer) for module in model.modules()):
+            self._replace(choose([model], self.skip))
+            self._tell_peft([model])
         layers = {path: m for path, m in model.named_modules() if isinstance(m, QuantizedLayer)}
         self._check_skipped(model, layers)
         if not layers:
@@ -97,9 +102,15 @@ class Quantizer:
                 )
 
     def _replace_built(self, built: _Built, model: Module | None) -> None:
-        modules = built.modules() if model is None else built.modules() & set(model.modules())
-        chosen = [layer for layer in choose(built.roots(modules), self.skip) if layer in modules]
+        modules, inside = built.modules(), None if model is None else set(model.modules())
+        roots = built.roots(modules if model is None else [model])
+        chosen = [
+            layer
+            for layer in choose(roots, self.skip)
+            if (inside is None or layer in inside) and (layer in modules or is_deferred(layer))
+        ]
         self._replace(chosen)
+        self._tell_peft(roots)
         for layer in chosen:
             if isinstance(layer, QuantizedLayer):
                 layer.quantize()  # what has values already: it was loaded, or built for real
@@ -114,6 +125,25 @@ class Quantizer:
                     recipe.form = layer.packing
                 else:
                     layer.is_waiting = True
+
+    def _tell_peft(self, roots: Iterable[Module]) -> None:
+        """Peft asks the model that it is given, whichever part of a larger one that is, for what its layers are."""
+        if self.mode != "int8-training":
+            flag = "is_loaded_in_4bit" if is_4bit(self.mode) else "is_loaded_in_8bit"
+            for root in roots:
+                for module in _above_quantized(root):
+                    setattr(module, flag, True)
+
+
+def _above_quantized(root: Module) -> set[Module]:
+    """Modules that have a quantized layer somewhere below them."""
+    found: set[Module] = set()
+    for path, module in root.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantizedLayer):
+            while path:
+                path = path.rpartition(".")[0]  # noqa: PLW2901 (on the way up)
+                found.add(root.get_submodule(path))
+    return found
 
 
 def _library() -> Any:
@@ -146,6 +176,7 @@ class _Built:
 
         def register_module(module: Module, name: str, child: Module | None) -> None:
             if current() is recorder and child is not None:
+                self._modules.add(child)  # which is new to us if it is a deep copy
                 self._parents.setdefault(child, weakref.WeakSet()).add(module)
 
         with ExitStack() as stack:
@@ -154,7 +185,7 @@ class _Built:
             yield
 
     def modules(self) -> set[Module]:
-        """Those with parameters of their own."""
+        """Those that were registered, or had a parameter registered with them."""
         return set(self._modules)
 
     def roots(self, modules: Iterable[Module]) -> list[Module]:
