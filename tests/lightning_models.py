@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_efficient_init import EfficientInit
+from lightning_efficient_init import ConfigureModelMixin, EfficientInit
 
 # Lightning's advice on data loaders and unused GPUs
 ADVICE = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
@@ -58,6 +58,27 @@ class Recording(Regression):
 
     def on_train_start(self):
         torch.save((self.state_dict(), os.getpid()), f"{self.folder}/{self.global_rank}.pt")
+
+
+class Configured(ConfigureModelMixin, L.LightningModule):
+    """The same model, built in ``configure_model``."""
+
+    def __init__(self, width: int = 16, lr: float = 0.1, pretrained: str | None = None):
+        super().__init__(pretrained=pretrained)
+        self.save_hyperparameters(ignore=["pretrained"])
+        self.built = 0
+
+    def configure_model(self):
+        self.built += 1
+        model = Regression(self.hparams.width)
+        self.net, self.scale = model.net, model.scale
+        self.register_buffer("frequencies", model.frequencies)
+
+    forward = Regression.forward
+    training_step = Regression.training_step
+    validation_step = test_step = Regression.validation_step
+    predict_step = Regression.predict_step
+    configure_optimizers = Regression.configure_optimizers
 
 
 def loader():
