@@ -47,7 +47,7 @@ class LitLM(L.LightningModule):
 
 
 class LateLM(LitLM):
-    """Builds its network in ``configure_model``, and shards it there as Lightning's documentation does."""
+    """Builds its network in ``configure_model``."""
 
     def __init__(self):
         L.LightningModule.__init__(self)
@@ -56,6 +56,24 @@ class LateLM(LitLM):
     def configure_model(self):
         if self.net is None:
             self.net = TinyLM()
+
+
+class ShardsItself(LateLM):
+    """Shards it there, too, as Lightning's documentation does for ``ModelParallelStrategy``."""
+
+    def configure_model(self):
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+        if self.net is not None:
+            return
+        self.net = TinyLM()
+        for block in self.net.blocks:
+            parallelize_module(
+                block, self.device_mesh["tensor_parallel"], {"up": ColwiseParallel(), "down": RowwiseParallel()}
+            )
+            fully_shard(block, mesh=self.device_mesh["data_parallel"])
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
 
 def data():
@@ -95,6 +113,21 @@ def _init(rank, engine, build):
 def test_a_model_has_the_values_of_one_device_whether_built_before_the_processes_meet_or_after(engine, build):
     expected = {name: value for name, value in whole_state(eager_model()).items() if "metric" not in name}
     for state in run_ranks(_init, 2, engine, build):
+        assert_equal_states(state, expected)
+
+
+def _shards_itself(rank):
+    trainer = trainer_of(EfficientFSDP2Strategy(data_parallel_size=2, tensor_parallel_size=1))
+    torch.manual_seed(1 + rank)
+    model = ShardsItself()
+    trainer.validate(model, data(), verbose=False)
+    assert hasattr(model.net, "_get_fsdp_state")
+    return {name: value for name, value in whole(trainer).items() if "metric" not in name}
+
+
+def test_a_module_that_shards_itself_in_configure_model_has_the_values_of_one_device():
+    expected = {name: value for name, value in whole_state(eager_model()).items() if "metric" not in name}
+    for state in run_ranks(_shards_itself, 2):
         assert_equal_states(state, expected)
 
 
