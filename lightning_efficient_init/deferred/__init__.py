@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning_efficient_init.deferred.audit import UninitializedParameterWarning, uninitialized_parameters, watch
 from lightning_efficient_init.deferred.distribute import distribute, fill_own, initialize_required, keep_recipes
+from lightning_efficient_init.deferred.engines import unrecorded_engines
 from lightning_efficient_init.deferred.materialize import (
     allocate,
     claim,
@@ -52,5 +53,6 @@ __all__ = [
     "settle",
     "undisturbed",
     "uninitialized_parameters",
+    "unrecorded_engines",
     "watch",
 ]
