@@ -27,7 +27,7 @@ from lightning_efficient_init.load.keys import strip_wrappers
 from lightning_efficient_init.quantize import QuantizedLayer, QuantizedParameter
 from lightning_efficient_init.quantize.state import adopt, find, full_shape
 from lightning_efficient_init.sharding import FLAT_NAME, stand_ins
-from lightning_efficient_init.sinks import shape_of
+from lightning_efficient_init.sinks import obstacle, shape_of
 
 Shape = tuple[int, ...]
 
@@ -212,6 +212,8 @@ def _offer(binding: Binding, name: str, tensor: torch.Tensor, value: Any, shape:
             f"{name}: expected memory for each of its elements, found a tensor of shape {list(expected)} that was "
             "expanded, in which several elements are one: call .contiguous() on it when the model is built"
         )
+    elif isinstance(source, Entry) and (reason := obstacle(tensor, source)) is not None:
+        binding.errors.append(f"{name}: {reason}")
     elif isinstance(source, Entry):
         binding.entries[name] = source
     else:

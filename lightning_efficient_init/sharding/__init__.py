@@ -19,6 +19,7 @@ __all__ = [
     "Stretch",
     "give_local_memory",
     "is_dtensor",
+    "is_flattened",
     "is_sharded",
     "like_part",
     "mark_parts",
@@ -27,6 +28,7 @@ __all__ = [
     "settle",
     "shape_of",
     "stand_ins",
+    "whole_part",
 ]
 
 
@@ -57,3 +59,9 @@ def like_part(param: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, to
     assert part is not None
     memory = torch.empty_like(part.memory, dtype=dtype)
     return (like_dtensor(param, memory) if is_dtensor(param) else memory.view(param.shape)), memory
+
+
+def whole_part(tensor: torch.Tensor) -> Part:
+    """All of a tensor that is whole, as a part."""
+    shape = tuple(tensor.shape)
+    return Block(shape, tuple(((0, size),) for size in shape), tensor, is_whole=True)
