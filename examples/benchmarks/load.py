@@ -31,13 +31,13 @@ import lightning as L
 import torch
 from lightning.fabric.plugins import BitsandbytesPrecision
 from lightning.fabric.utilities.load import _lazy_load
-from models import SIZES, build
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 from torch import nn
 
 from lightning_efficient_init import EfficientInit
+from lightning_efficient_init.bench.llama import SIZES, build
 from lightning_efficient_init.memory import PeakMemory
 from lightning_efficient_init.quantize import QuantizeMode
 

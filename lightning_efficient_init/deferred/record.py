@@ -121,6 +121,21 @@ def empty_init() -> Iterator[None]:
 
 
 @contextmanager
+def postponed_init(*, is_optional: bool) -> Iterator[None]:
+    """`deferred_init` for a module that is going to be sharded: it gets memory then, and not before.
+
+    Args:
+        is_optional: Whether its initializers are to run only if nothing else provides values.
+    """
+    nested = current() is not None
+    with recording() as recorder:
+        recorder.is_postponed |= not nested
+        yield
+    if not nested:
+        recorder.postpone(is_optional=is_optional)
+
+
+@contextmanager
 def layerwise_init() -> Iterator[None]:
     """`deferred_init`, after which parameters get memory and values, each when its turn comes.
 
@@ -156,12 +171,14 @@ class Recorder:
         paused: New tensors and parameters are real for now.
         tape: Writes operations down.
         recurrent: Recurrent layers that wanted their weights in one piece.
+        is_postponed: What is recorded is going to be sharded before it gets memory.
         at_end: Called when the recording ends, before anything gets memory, with None; and before a model is loaded
             in its midst, with that model.
     """
 
     def __init__(self) -> None:
         self.paused = False
+        self.is_postponed = False
         self.tape = Tape()
         self.recurrent: list[weakref.ref[torch.nn.RNNBase]] = []
         self.at_end: list[Callable[[torch.nn.Module | None], None]] = []
@@ -206,6 +223,7 @@ class Recorder:
                 recipe.aliases = [weakref.ref(t) for t in tensors]
             for tensor in tensors:
                 parameter.guard(tensor)
+        recurrent.remember(self._scattered_layers())
         self._tensors.clear()
         self._sharing.clear()
 
@@ -247,9 +265,15 @@ class Recorder:
 
     @contextmanager
     def _flattening(self) -> Iterator[None]:
-        layers = recurrent.scattered({id(layer): layer for layer in _living(self.recurrent)}.values())
+        layers = self._scattered_layers()
         yield
         recurrent.flatten(layers)
+
+    @parameter.undisturbed()
+    def postpone(self, *, is_optional: bool) -> None:
+        """Let the parameters that were recorded here wait for a strategy to shard them."""
+        for recipe in self._parameter_recipes():
+            recipe.is_postponed, recipe.is_optional = True, is_optional
 
     # -- keeping track
 
@@ -283,6 +307,9 @@ class Recorder:
         recipe = recipe_of(tensor)
         assert recipe is not None
         parameter.give_memory(self.aliases(recipe), parameter.memory_for(tensor, recipe, is_overwritten=is_overwritten))
+
+    def _scattered_layers(self) -> list[torch.nn.RNNBase]:
+        return recurrent.scattered({id(layer): layer for layer in _living(self.recurrent)}.values())
 
     def _living_by_recipe(self) -> dict[Recipe, list[torch.Tensor]]:
         groups: dict[Recipe, list[torch.Tensor]] = {}

@@ -23,11 +23,15 @@ from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 from lightning_efficient_init.checkpoint import Entry, LazyTensor, map_leaves, read_entry
 from lightning_efficient_init.deferred import settle
 from lightning_efficient_init.load import own_code
+from lightning_efficient_init.load.keys import strip_wrappers
 from lightning_efficient_init.quantize import QuantizedLayer, QuantizedParameter
 from lightning_efficient_init.quantize.state import adopt, find, full_shape
+from lightning_efficient_init.sharding import FLAT_NAME, stand_ins
 from lightning_efficient_init.sinks import shape_of
 
 Shape = tuple[int, ...]
+
+_WRAPPED_AS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 @dataclass(slots=True)
@@ -123,19 +127,26 @@ def _walk(module: Module, prefix: str = "", *, whole: bool = False) -> Iterator[
         is_custom = not whole and _has_loading_code(module)
         yield prefix, module, is_custom
         if not is_custom:
-            children = [(f"{prefix}{name}.", child) for name, child in module._modules.items() if child is not None]
+            children = [(_below(prefix, name), child) for name, child in module._modules.items() if child is not None]
             waiting += reversed(children)
+
+
+def _below(prefix: str, name: str) -> str:
+    """The prefix of a child's names; wrappers that shard or recompute modules do not count."""
+    return prefix if name in _WRAPPED_AS else f"{prefix}{name}."
 
 
 def _has_loading_code(module: Module) -> bool:
     cls = type(module)
+    if "_fsdp_wrapped_module" in module._modules:
+        return False  # FSDP's hooks gather parameters for code that does not know their parts
     is_standard = cls._load_from_state_dict is Module._load_from_state_dict or isinstance(module, QuantizedLayer)
     return bool(not is_standard or module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks)
 
 
 def _own_tensors(module: Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
+    for name, parameter in (*module._parameters.items(), *stand_ins(module).items()):
+        if parameter is not None and name != FLAT_NAME:
             yield prefix + name, parameter
     for name, buffer in module._buffers.items():
         if buffer is not None and name not in module._non_persistent_buffers_set:
@@ -249,7 +260,7 @@ def _bind_custom(module: Module, prefix: str, state: dict[str, Any], metadata: A
             entry for value in state.values() if isinstance(entry := _entry_or_value(value), Entry)
         ]
     binding.calls += answer.calls
-    binding.missing += [prefix + name for name in answer.missing if name not in answer.mismatched]
+    binding.missing += [prefix + strip_wrappers(name) for name in answer.missing if name not in answer.mismatched]
     binding.unexpected += [prefix + name for name in answer.unexpected]
     binding.mismatched.update({prefix + name: shapes for name, shapes in answer.mismatched.items()})
     binding.errors += [f"{prefix[:-1] or type(module).__name__}: {error}" for error in answer.errors]

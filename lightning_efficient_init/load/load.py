@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,11 +18,14 @@ from lightning_efficient_init.errors import CheckpointError, DeferredParameterEr
 from lightning_efficient_init.load.bind import Binding, named_state
 from lightning_efficient_init.load.keys import KeyMap
 from lightning_efficient_init.load.mapping import map_entries
-from lightning_efficient_init.load.order import last_per_memory, waves
+from lightning_efficient_init.load.order import Pair, last_per_memory, waves
 from lightning_efficient_init.load.pipeline import Batch, Settings, Transfer
 from lightning_efficient_init.load.plan import LoadPlan, plan_load
+from lightning_efficient_init.load.postponed import must_wait, postpone
+from lightning_efficient_init.load.replicas import Replicas, agreed, replicas_of
 from lightning_efficient_init.load.report import LoadReport, Meter
 from lightning_efficient_init.quantize import parts_of
+from lightning_efficient_init.sharding import is_sharded, part_of
 from lightning_efficient_init.sinks import Segment, Sink, sinks_for
 
 # Scratch memory on the device, together 128 MiB. Four batches keep a dozen threads busy while one is worked on.
@@ -80,11 +83,12 @@ def load_checkpoint(
     """
     settings = Settings(host_buffer_bytes, num_threads)
     started = time.perf_counter()
-    with eager():
+    replicas = replicas_of(model)
+    with eager(), agreed(replicas):
         plan = plan_load(
             model, path, strict=strict, key_map=key_map, ignore_mismatched=ignore_mismatched, weights_only=weights_only
         )
-        return run_plan(plan, settings, progress=progress, mmap=mmap, started=started)
+        return run_plan(plan, settings, progress=progress, mmap=mmap, started=started, replicas=replicas)
 
 
 def run_plan(
@@ -94,14 +98,17 @@ def run_plan(
     progress: bool | None = None,
     mmap: bool = False,
     started: float | None = None,
+    replicas: Replicas | None = None,
 ) -> LoadReport:
-    """Carry out a plan; see ``load_checkpoint``."""
+    """Carry out a plan; see ``load_checkpoint``. With ``replicas``, all of them carry out theirs together."""
     started = time.perf_counter() if started is None else started
+    if must_wait(plan):
+        return postpone(plan, settings, mmap=mmap)
     model = plan.binding.module
     devices = {tensor.device for tensor in plan.binding.tensors.values()}
-    num_bytes = plan.num_bytes
-    with Meter(num_bytes, devices, progress) as meter:
-        loaded = _write(model, plan.binding, settings, meter, mmap=mmap)
+    with Meter(plan.num_bytes, devices, progress) as meter:
+        loaded = _write(model, plan.binding, settings, meter, mmap=mmap, replicas=replicas)
+        num_bytes = plan.num_bytes if replicas is None else replicas.num_bytes_read(plan.num_bytes)
         initialized = _initialize_rest(model, plan.binding)
         forget(plan.binding.tensors[name] for name in plan.binding.loaded_by_calls)
     return LoadReport(
@@ -114,10 +121,13 @@ def run_plan(
         elapsed_s=time.perf_counter() - started,
         peak_host_bytes=meter.memory.host_bytes,
         peak_device_bytes=meter.memory.device_bytes,
+        bytes_per_rank=(num_bytes,) if replicas is None else replicas.gather(num_bytes),
     )
 
 
-def _write(model: Module, binding: Binding, settings: Settings, meter: Meter, *, mmap: bool) -> tuple[str, ...]:
+def _write(
+    model: Module, binding: Binding, settings: Settings, meter: Meter, *, mmap: bool, replicas: Replicas | None
+) -> tuple[str, ...]:
     """Give every bound tensor its value, and return their names."""
     names = [*binding.entries, *binding.values, *binding.loaded_by_calls]
     with undisturbed():
@@ -127,13 +137,16 @@ def _write(model: Module, binding: Binding, settings: Settings, meter: Meter, *,
         if mmap:
             map_entries(pairs)
         else:
-            for wave in waves(pairs):
-                stream([sink for pair in wave for sink in sinks_for(*pair)], settings, meter)
+            turns = list(waves(pairs))
+            sharing = replicas and replicas.confirm([_work(turns), settings])
+            for wave in turns:
+                stream(_sinks(pair for pair in wave if is_sharded(pair[1])), settings, meter)
+                stream(_sinks(pair for pair in wave if not is_sharded(pair[1])), settings, meter, sharing)
         _note_writes([tensor for _, tensor, _ in pairs])
     with torch.inference_mode():  # which may write to inference tensors as well as to others
         for name, value in sources.items():
             if isinstance(value, torch.Tensor):
-                tensors[name].copy_(value)
+                _copy_value(tensors[name], value)
     try:
         for call in binding.calls:
             call()
@@ -142,6 +155,15 @@ def _write(model: Module, binding: Binding, settings: Settings, meter: Meter, *,
         raise
     forget(tensors[name] for name in (*binding.entries, *binding.values))
     return tuple(names)
+
+
+def _copy_value(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy a value from memory to a tensor, or to this rank's part of it."""
+    part = part_of(tensor)
+    if part is None:
+        tensor.copy_(value)
+    else:
+        part.memory.copy_(part.take(value.view(part.shape)))
 
 
 def _note_writes(tensors: Sequence[torch.Tensor]) -> None:
@@ -174,8 +196,27 @@ def _is_meta(tensor: torch.Tensor) -> bool:
         return tensor.is_meta
 
 
-def stream(sinks: Sequence[Sink], settings: Settings, meter: Meter) -> None:
-    """Fill each sink. What needs scratch memory goes in batches; one is worked on while the next ones are read."""
+def _sinks(pairs: Iterable[Pair]) -> list[Sink]:
+    return [sink for pair in pairs for sink in sinks_for(*pair)]
+
+
+def _work(turns: Sequence[Sequence[Pair]]) -> list[object]:
+    """What loading is about to do, to be compared between ranks."""
+    return [[(name, tensor.dtype, tensor.device.type, entry) for name, tensor, entry in pairs] for pairs in turns]
+
+
+def stream(sinks: Sequence[Sink], settings: Settings, meter: Meter, replicas: Replicas | None = None) -> None:
+    """Fill each sink. What needs scratch memory goes in batches; one is worked on while the next ones are read.
+
+    Args:
+        sinks: What to fill.
+        settings: Host memory and threads.
+        meter: Told of the progress.
+        replicas: Other ranks that fill the same sinks with the same settings, and share the reading.
+    """
+    if replicas is not None:
+        _stream_together(sinks, settings, meter, replicas)
+        return
     by_device: dict[torch.device, list[Sink]] = defaultdict(list)
     for sink in sinks:
         by_device[sink.device].append(sink)
@@ -183,6 +224,21 @@ def stream(sinks: Sequence[Sink], settings: Settings, meter: Meter) -> None:
     written: list[str] = []
     for device, group in by_device.items():
         done += _stream_to(device, group, settings, partial(_tick, meter, done), written)
+
+
+def _stream_together(sinks: Sequence[Sink], settings: Settings, meter: Meter, replicas: Replicas) -> None:
+    done = 0
+    written: list[str] = []
+    for batch, is_direct in _batches(sinks, settings.host_buffer_bytes):
+        segments: list[Segment] = [segment for sink in batch for segment in sink.segments()]
+        try:
+            done += replicas.transfer(segments, settings, partial(_tick, meter, done))
+        except CheckpointError as error:
+            error.add_written([*written, *(error.written if is_direct else ())])  # else only scratch was touched
+            raise
+        for sink in batch:
+            sink.finish()
+        written += dict.fromkeys(segment.name for segment in segments)
 
 
 def _stream_to(

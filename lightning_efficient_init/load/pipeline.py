@@ -34,12 +34,14 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 
 import torch
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-from lightning_efficient_init.errors import CheckpointReadError, CorruptCheckpointError
+from lightning_efficient_init.cores import available_cores
+from lightning_efficient_init.errors import CheckpointError, CheckpointReadError, CorruptCheckpointError
 from lightning_efficient_init.load.extents import PAGE_BYTES, Piece, Read, plan_reads
 from lightning_efficient_init.sinks import Segment
 
@@ -60,7 +62,7 @@ class Settings:
 
     Attributes:
         host_buffer_bytes: Upper bound of the staging memory on the host.
-        num_threads: Threads that read; by default the cores this process may run on, at most 12.
+        num_threads: Threads that read; by default the cores this process may use, at most 12.
     """
 
     host_buffer_bytes: int = 256 << 20
@@ -75,9 +77,43 @@ class Settings:
             raise ValueError(f"num_threads must be at least 1, found {self.num_threads}.")
 
 
-def available_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def transfer(segments: Sequence[Segment], settings: Settings, on_tick: Callable[[int], None] | None = None) -> int:
+    """Read every segment into its destination.
+
+    When this returns, all values are in place and visible to the current stream of each device.
+
+    Args:
+        segments: What to read, from any files, to any devices.
+        settings: Host memory and threads.
+        on_tick: Called from this thread about every 20 ms with the number of bytes read so far.
+
+    Returns:
+        Bytes read, gaps between tensors included.
+
+    Raises:
+        CheckpointReadError: The operating system failed to read, several times over.
+        CorruptCheckpointError: A file is shorter than its header says.
+    """
+    by_device: dict[torch.device, list[Segment]] = defaultdict(list)
+    for segment in segments:
+        by_device[segment.dest.device].append(segment)
+    done = 0
+    written: list[str] = []
+    for device, group in by_device.items():
+        with Transfer(device, settings, on_tick and partial(_tick_from, on_tick, done)) as pipeline:
+            batch = pipeline.submit(group)
+            try:
+                pipeline.wait(batch)
+            except CheckpointError as error:
+                error.add_written([*written, *batch.names_touched()])
+                raise
+        done += pipeline.num_bytes
+        written += dict.fromkeys(segment.name for segment in group)
+    return done
+
+
+def _tick_from(on_tick: Callable[[int], None], done_before: int, done: int) -> None:
+    on_tick(done_before + done)
 
 
 class Batch:
@@ -128,7 +164,7 @@ class Transfer:
 
     def __init__(self, device: torch.device, settings: Settings, on_tick: Callable[[int], None] | None = None) -> None:
         self._device = device
-        self._num_threads, slot_bytes = _divide(settings)
+        self._num_threads, slot_bytes = divide(settings)
         self._max_read_bytes = slot_bytes - 2 * PAGE_BYTES  # room to align a read in its slot
         self._ring = _Ring(self._num_threads * SLOTS_PER_THREAD, slot_bytes)
         self._on_tick = on_tick
@@ -208,7 +244,7 @@ def _event(device: torch.device) -> torch.cuda.Event | None:
     return event
 
 
-def _divide(settings: Settings) -> tuple[int, int]:
+def divide(settings: Settings) -> tuple[int, int]:
     """How many threads, and the bytes of each of their slots, so that all slots fit the host buffer."""
     threads = settings.num_threads or min(MAX_THREADS, available_cores())
     while threads > 1 and settings.host_buffer_bytes < threads * MIN_HOST_BUFFER_BYTES:
@@ -306,7 +342,7 @@ class _Lane:
     def _fill(self, buffers: list[memoryview], read: Read) -> None:
         """Read all of ``read`` into ``buffers``."""
         try:
-            _read_fully(self._open(read.file), list(buffers), read.offset)
+            _read_into(self._open(read.file), buffers, read)
         except OSError:
             self._fill_again(buffers, read)
 
@@ -316,7 +352,7 @@ class _Lane:
             for attempt in _retrying():
                 with attempt:
                     self._close()
-                    _read_fully(self._open(read.file), list(buffers), read.offset)
+                    _read_into(self._open(read.file), buffers, read)
         except _ShortReadError as error:
             raise CorruptCheckpointError(
                 f"{read.file}: expected {read.num_bytes} bytes at position {read.offset} (tensor "
@@ -359,7 +395,7 @@ class _StagedLane(_Lane):
             super().load(read)  # straight to where it belongs
             return
         self._turn = (self._turn + 1) % SLOTS_PER_THREAD
-        slot, start = self._slots[self._turn], read.offset % PAGE_BYTES
+        slot, start = self._slots[self._turn], 0 if read.row_bytes else read.offset % PAGE_BYTES
         self._wait_for_slot()
         self._fill([slot.memory(start, read.num_bytes)], read)
         if len(read.pieces) < _MANY_PIECES:
@@ -443,6 +479,20 @@ def _retrying() -> Retrying:
         retry=retry_if_exception_type(OSError),
         reraise=True,
     )
+
+
+def _read_into(fd: int, buffers: Sequence[memoryview], read: Read) -> None:
+    """Bring the bytes of ``read`` into ``buffers``; a read of rows has one buffer for all of them."""
+    if not read.row_bytes:
+        _read_fully(fd, list(buffers), read.offset)
+        return
+    (buffer,), row = buffers, read.row_bytes
+    offset = read.offset
+    for start in range(0, read.num_bytes, row):
+        view = buffer[start : start + row]
+        if os.preadv(fd, [view], offset) != row:
+            _read_fully(fd, [view], offset)
+        offset += read.pitch_bytes
 
 
 def _read_fully(fd: int, buffers: list[memoryview], offset: int) -> None:

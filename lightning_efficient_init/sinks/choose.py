@@ -6,9 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
+from lightning_efficient_init import sharding
 from lightning_efficient_init.checkpoint import Entry
 from lightning_efficient_init.quantize.layers import QuantizedParameter, plain
+from lightning_efficient_init.sharding import part_of
 from lightning_efficient_init.sinks.bitsandbytes import quantizing_sinks
+from lightning_efficient_init.sinks.part import PartSink
 from lightning_efficient_init.sinks.plain import PlainSink
 from lightning_efficient_init.sinks.sink import Sink
 
@@ -24,11 +27,12 @@ def sink_for(name: str, tensor: torch.Tensor, entry: Entry) -> Sink:
     """The sink that fills ``tensor``, called ``name`` in the model, from ``entry``, if one does."""
     if isinstance(tensor, QuantizedParameter):
         return PlainSink(name, plain(tensor), entry)  # it was quantized before
-    return PlainSink(name, tensor, entry)
+    part = part_of(tensor)
+    return PlainSink(name, tensor, entry) if part is None else PartSink(name, part, entry)
 
 
 def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
     """The shape that a checkpoint has for ``tensor``, which may be a part of it or hold it in another form."""
     if isinstance(tensor, QuantizedParameter):
         return tensor.packing.source_shape
-    return tuple(tensor.shape)
+    return sharding.shape_of(tensor)

@@ -16,7 +16,7 @@ import torch
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Segment:
-    """A run of elements in a file and the memory they go to.
+    """A run of elements in a file, or several at equal distances, and the memory they go to.
 
     Attributes:
         file: Path of the file.
@@ -24,6 +24,8 @@ class Segment:
         dtype: Element type in the file.
         dest: One-dimensional, contiguous tensor on any device; its dtype may differ from the file's.
         name: The model's name for the tensor, for messages.
+        row_bytes: Bytes of each run, where there are several (rows of a matrix that is cut in its columns); else 0.
+        pitch_bytes: From the start of one run to the start of the next.
     """
 
     file: str
@@ -31,10 +33,12 @@ class Segment:
     dtype: torch.dtype
     dest: torch.Tensor
     name: str
+    row_bytes: int = 0
+    pitch_bytes: int = 0
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that the elements take in the file."""
+        """Bytes that the elements take in the file, without what is between runs."""
         return self.dest.numel() * self.dtype.itemsize
 
     @property
