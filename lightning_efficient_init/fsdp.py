@@ -6,9 +6,9 @@ hook for parameters on the meta device, so at any time one unit is whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache, partial
 from typing import Any, get_args
 
 import torch
@@ -19,6 +19,7 @@ from lightning_efficient_init.deferred import fill_own, keep_recipes
 from lightning_efficient_init.deferred.sharded import windows
 from lightning_efficient_init.fsdp2 import repeated_blocks
 from lightning_efficient_init.load.postponed import has_waiting
+from lightning_efficient_init.patching import ScopedPatch
 from lightning_efficient_init.precision import PrecisionName, cast_module
 from lightning_efficient_init.sharding import mark_parts
 
@@ -59,6 +60,27 @@ def is_wrapped(module: Module) -> bool:
 def _is_block(blocks: set[int], module: Module, recurse: bool, nonwrapped_numel: int) -> bool:
     """An ``auto_wrap_policy``."""
     return recurse or id(module) in blocks
+
+
+@contextmanager
+def gathering() -> Iterator[None]:
+    """Let FSDP gather full state dicts on a CPU as well.
+
+    Where parameters are on the CPU already, its copy to the CPU is the same memory, which it then frees (torch 2.13).
+    """
+    with _to_cpu_patch()():
+        yield
+
+
+@cache
+def _to_cpu_patch() -> ScopedPatch:
+    from torch.distributed.fsdp._flat_param import FlatParamHandle  # noqa: PLC0415 (slow to import)
+
+    return ScopedPatch(FlatParamHandle, "to_cpu", _to_cpu)
+
+
+def _to_cpu(original: Callable[[Any], AbstractContextManager[None]], handle: Any) -> AbstractContextManager[None]:
+    return nullcontext() if handle.flat_param.device.type == "cpu" else original(handle)
 
 
 class KeepsDeclaredDtypes:

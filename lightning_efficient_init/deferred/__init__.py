@@ -15,9 +15,17 @@ from lightning_efficient_init.deferred.materialize import (
     materialize,
     reseed,
     seeds,
+    settle,
 )
 from lightning_efficient_init.deferred.parameter import undisturbed
-from lightning_efficient_init.deferred.record import deferred_init, eager, empty_init, postponed_init
+from lightning_efficient_init.deferred.record import (
+    deferred_init,
+    eager,
+    empty_init,
+    layerwise_init,
+    postponed_init,
+    recording,
+)
 
 __all__ = [
     "UninitializedParameterWarning",
@@ -35,10 +43,13 @@ __all__ = [
     "is_deferred",
     "is_postponed",
     "keep_recipes",
+    "layerwise_init",
     "materialize",
     "postponed_init",
+    "recording",
     "reseed",
     "seeds",
+    "settle",
     "undisturbed",
     "uninitialized_parameters",
     "watch",

@@ -15,7 +15,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_efficient_init.fabric.streaming import StreamsCheckpoints
-from lightning_efficient_init.fsdp import KeepsDeclaredDtypes, is_wrapped, wrap
+from lightning_efficient_init.fsdp import KeepsDeclaredDtypes, gathering, is_wrapped, wrap
 from lightning_efficient_init.lightning_checkpoint import is_streamable
 from lightning_efficient_init.precision import EfficientInit
 from lightning_efficient_init.sharded import ShardsModules, sharded_init_context
@@ -56,6 +56,11 @@ class EfficientFSDPStrategy(ShardsModules, StreamsCheckpoints, FSDPStrategy):
     def setup_module(self, module: Module) -> Module:
         """Shard the module, and give each rank its part."""
         return self.shard(module, self._wrap)
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """See Lightning's ``FSDPStrategy``."""
+        with gathering():
+            super().save_checkpoint(*args, **kwargs)
 
     def _wrap(self, module: Module) -> Module:
         if is_wrapped(module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.plugins.precision.fsdp import FSDPPrecision
@@ -11,7 +12,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.strategies.fsdp import _setup_activation_checkpointing
 from torch.nn import Module
 
-from lightning_efficient_init.fsdp import KeepsDeclaredDtypes, is_wrapped, wrap
+from lightning_efficient_init.fsdp import KeepsDeclaredDtypes, gathering, is_wrapped, wrap
 from lightning_efficient_init.precision import EfficientInit
 from lightning_efficient_init.sharded import sharded_init_context
 from lightning_efficient_init.trainer.sharded import LoadsParts
@@ -51,6 +52,11 @@ class EfficientFSDPStrategy(LoadsParts, FSDPStrategy):
         context = sharded_init_context(self.root_device, empty=bool(empty_init))
         with self.precision_plugin.tensor_init_context(), context:
             yield
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """See Lightning's ``FSDPStrategy``."""
+        with gathering():
+            return super().lightning_module_state_dict()
 
     def _setup_model(self, model: Module) -> Module:
         return self.shard(model, self._wrap)
