@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.fabric.plugins import BitsandbytesPrecision
 from lightning.fabric.utilities.load import _lazy_load
 from torch.nn import Module
 
@@ -75,6 +76,18 @@ def _stock_fabric(task: Task, **kwargs: Any) -> L.Fabric:
 def _our_fabric(task: Task, **kwargs: Any) -> L.Fabric:
     plugin = EfficientInit(task.precision, **kwargs)  # type: ignore[arg-type]
     return L.Fabric(accelerator=task.accelerator, devices=1, strategy="efficient_init", plugins=[plugin])
+
+
+def _bitsandbytes_fabric(mode: Literal["int8", "nf4"]) -> Callable[[Task], L.Fabric]:
+    def make(task: Task) -> L.Fabric:
+        dtype = torch.float16 if mode == "int8" else torch.bfloat16  # int8 takes no other
+        return L.Fabric(accelerator=task.accelerator, devices=1, plugins=[BitsandbytesPrecision(mode, dtype=dtype)])
+
+    return make
+
+
+def _quantizing_fabric(mode: str) -> Callable[[Task], L.Fabric]:
+    return lambda task: _our_fabric(task, quantize=mode)
 
 
 def _trainer(task: Task, **kwargs: Any) -> L.Trainer:
@@ -153,6 +166,12 @@ def _map(fabric: L.Fabric, model: Module, task: Task) -> object:
     return load_checkpoint(model, task.paths["pth"], mmap=True)
 
 
+_QUANTIZED: tuple[tuple[str, Literal["int8", "nf4"], str, Callable[[L.Fabric, Module, Task], object]], ...] = (
+    ("int8-lazy", "int8", "lazy loader", _load_lazily),
+    ("int8-mmap", "int8", "torch.load(mmap=True)", _load_mapped),
+    ("nf4-mmap", "nf4", "torch.load(mmap=True)", _load_mapped),
+)
+
 LIGHTNING: Mapping[str, Way] = {
     "naive": Way("build on the CPU in float32, torch.load, move", "Lightning", "pth", _naive, host_copies=3),
     "device": Way("with device: build in float32, torch.load", "Lightning", "pth", _under_device, host_copies=1),
@@ -172,6 +191,18 @@ LIGHTNING: Mapping[str, Way] = {
         accelerators=("cpu",),
         mapped_on=("cpu",),
     ),
+    **{
+        name: Way(
+            f"BitsandbytesPrecision('{mode}'), {title}",
+            "Lightning",
+            "pth",
+            _in_fabric(_bitsandbytes_fabric(mode), load),
+            packages=("bitsandbytes",),
+            accelerators=("cuda",),  # it quantizes there only
+            is_exact=False,
+        )
+        for name, mode, title, load in _QUANTIZED
+    },
     "trainer": Way(
         "Trainer.init_module, load_from_checkpoint",
         "Lightning",
@@ -196,6 +227,17 @@ OURS: Mapping[str, Way] = {
         accelerators=("cpu",),
         mapped_on=("cpu",),
     ),
+    **{
+        f"ours-{mode}": Way(
+            f"quantize='{mode}', load_raw",
+            "ours",
+            "pth",
+            _in_fabric(_quantizing_fabric(mode), _load_raw("pth")),
+            packages=("bitsandbytes",),
+            is_exact=False,
+        )
+        for mode in ("int8", "nf4")
+    },
     "ours-trainer": Way(
         "Trainer.init_module, load_from_checkpoint",
         "ours",
