@@ -17,7 +17,7 @@ from lightning_efficient_init.bench import peers
 from lightning_efficient_init.bench.files import LoadedModule
 from lightning_efficient_init.bench.task import Task
 from lightning_efficient_init.load import load_checkpoint
-from lightning_efficient_init.model_names import constructor_of
+from lightning_efficient_init.model_names import constructor_of, is_hugging_face
 from lightning_efficient_init.precision import EfficientInit
 
 Run = Callable[[Task], Iterator[Module | None]]
@@ -38,6 +38,7 @@ class Way:
         accelerators: Where it runs.
         mapped_on: Accelerators on which parameters end in the file's mapping, not in memory of their own.
         is_exact: Whether the loaded values are those of the file.
+        needs_hugging_face: Whether it loads Hugging Face models only.
     """
 
     title: str
@@ -49,6 +50,7 @@ class Way:
     accelerators: tuple[str, ...] = ("cpu", "cuda")
     mapped_on: tuple[str, ...] = ()
     is_exact: bool = True
+    needs_hugging_face: bool = False
 
     def obstacle(self, task: Task, available_bytes: int) -> str | None:
         """Why it cannot run here, or None.
@@ -61,6 +63,8 @@ class Way:
             return f"needs {' and '.join(missing)}, which is not installed"
         if task.accelerator not in self.accelerators:
             return f"runs on {' or '.join(self.accelerators)} only"
+        if self.needs_hugging_face and not is_hugging_face(task.model):
+            return "loads Hugging Face models only; pass the name or the folder of one as --model"
         if self.form not in task.paths:
             return f"reads {self.form}; the checkpoint is {' and '.join(task.paths)}"
         copies = self.host_copies + (task.accelerator == "cpu" and task.accelerator not in self.mapped_on)
@@ -258,6 +262,16 @@ OTHERS: Mapping[str, Way] = {
         mapped_on=peer.mapped_on,
     )
     for name, peer in peers.PEERS.items()
+} | {
+    "transformers": Way(
+        "transformers, from_pretrained",
+        "others",
+        "safetensors",
+        peers.from_pretrained,
+        packages=("transformers", "accelerate"),
+        mapped_on=("cpu",),
+        needs_hugging_face=True,
+    )
 }
 
 WAYS: Mapping[str, Way] = {**LIGHTNING, **OURS, **OTHERS}

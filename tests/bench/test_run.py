@@ -124,6 +124,22 @@ def test_one_safetensors_file_is_a_checkpoint_too(tmp_path):
     assert {row.way: row.is_equal for row in run_bench(options).rows} == {"ours-safetensors": True, "safetensors": True}
 
 
+def test_a_hugging_face_model_is_loaded_by_transformers_too(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    config = transformers.LlamaConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+    )
+    config.tie_word_embeddings = True
+    config.save_pretrained(tmp_path / "llama")
+    ways = ["transformers", "ours-safetensors", "load_raw"]
+    results = run_bench(Options(str(tmp_path / "llama"), None, ways, 1, accelerator="cpu", cold=False))
+    assert results.not_run == {}
+    assert {row.way: row.is_equal for row in results.rows} == dict.fromkeys(ways, True)
+    tiny = Task("tiny", {"safetensors": ""}, "bf16-true", "cpu", 0)
+    assert WAYS["transformers"].obstacle(tiny, GB).startswith("loads Hugging Face models only")
+
+
 def test_each_row_has_a_process_of_its_own_and_errors_come_back():
     first, second = in_fresh_process(os.getpid), in_fresh_process(os.getpid)
     assert len({first, second, os.getpid()}) == 3
