@@ -192,7 +192,8 @@ def _cast_own(module: Module, dtype: torch.dtype, *, buffers: bool) -> None:
     if kept:
         module._buffers = dict.fromkeys(kept)
     try:
-        module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t, recurse=False)
+        # not the module's own: metrics have one without `recurse`, and choose their dtype themselves
+        Module._apply(module, lambda t: t.to(dtype) if t.is_floating_point() else t, recurse=False)
     finally:
         if kept:
             module._buffers = kept

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_efficient_init.deferred.audit import UninitializedParameterWarning, uninitialized_parameters, watch
-from lightning_efficient_init.deferred.distribute import distribute, initialize_required
+from lightning_efficient_init.deferred.distribute import distribute, initialize_required, move_whole, share_buffers
 from lightning_efficient_init.deferred.materialize import (
     allocate,
     claim,
@@ -34,9 +34,11 @@ __all__ = [
     "is_deferred",
     "is_postponed",
     "materialize",
+    "move_whole",
     "postponed_init",
     "reseed",
     "seeds",
+    "share_buffers",
     "undisturbed",
     "uninitialized_parameters",
     "watch",

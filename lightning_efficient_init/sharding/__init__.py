@@ -9,6 +9,7 @@ import torch
 from lightning_efficient_init.sharding.dtensor import block_of, give_local_memory, is_dtensor, like_dtensor
 from lightning_efficient_init.sharding.fully_shard import offloaded, settle
 from lightning_efficient_init.sharding.part import Block, Part, Rows, Stretch
+from lightning_efficient_init.sharding.zero3 import is_partitioned, partition, partition_of, refresh
 
 __all__ = [
     "Block",
@@ -17,10 +18,13 @@ __all__ = [
     "Stretch",
     "give_local_memory",
     "is_dtensor",
+    "is_partitioned",
     "is_sharded",
     "like_part",
     "offloaded",
     "part_of",
+    "partition",
+    "refresh",
     "settle",
     "shape_of",
 ]
@@ -30,6 +34,8 @@ def part_of(tensor: Any) -> Part | None:
     """The part of a tensor that this rank holds, None for one that is whole: a line for each engine."""
     if is_dtensor(tensor):
         return block_of(tensor)
+    if is_partitioned(tensor):
+        return partition_of(tensor)
     return None
 
 
@@ -50,4 +56,6 @@ def like_part(param: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, to
     part = part_of(param)
     assert part is not None
     memory = torch.empty_like(part.memory, dtype=dtype)
+    if is_partitioned(param):
+        return memory, memory
     return (like_dtensor(param, memory) if is_dtensor(param) else memory.view(param.shape)), memory
