@@ -10,6 +10,7 @@ from lightning_efficient_init import fabric, trainer
 _DESCRIPTIONS = {
     "efficient_init": "One device: models built in place, checkpoints streamed",
     "efficient_init_ddp": "DDP: models built in place, checkpoints read once on each node",
+    "efficient_init_fsdp": "FSDP: each rank builds and reads its part of the model",
     "efficient_init_fsdp2": "FSDP2: each rank builds and reads its part of the model",
     "efficient_init_deepspeed_stage_3": "DeepSpeed ZeRO-3: each rank builds and reads its part of the model",
     "efficient_init_deepspeed_stage_3_offload": "DeepSpeed ZeRO-3 that keeps its part in the memory of the CPU",
@@ -17,6 +18,7 @@ _DESCRIPTIONS = {
 _CLASSES = {
     "efficient_init": "EfficientSingleDeviceStrategy",
     "efficient_init_ddp": "EfficientDDPStrategy",
+    "efficient_init_fsdp": "EfficientFSDPStrategy",
     "efficient_init_fsdp2": "EfficientFSDP2Strategy",
     "efficient_init_deepspeed_stage_3": "EfficientDeepSpeedStrategy",
     "efficient_init_deepspeed_stage_3_offload": "EfficientDeepSpeedStrategy",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torchmetrics import MeanMetric
 
 
@@ -75,9 +78,17 @@ def eager_model(seed=1, **kwargs):
 
 
 def whole_state(model):
-    """All values of a model whose parameters are DTensors, or not, gathered; with buffers that are not saved."""
-    state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    return {name: t.detach().full_tensor() if hasattr(t, "full_tensor") else t.detach() for name, t in state.items()}
+    """All values of a sharded or other model, gathered; with buffers that are not saved, under the names it had."""
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False) if _is_wrapped(model) else nullcontext():
+        state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+        whole = {
+            name: t.detach().full_tensor() if hasattr(t, "full_tensor") else t.detach() for name, t in state.items()
+        }
+        return {name.replace("_fsdp_wrapped_module.", ""): t.clone() for name, t in whole.items()}
+
+
+def _is_wrapped(model):
+    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
 
 
 def assert_equal_states(found, expected):

@@ -37,27 +37,6 @@ _OTHER_FILES: Final = (
 )
 
 
-class DistributedFolder:
-    """A folder of torch.distributed.checkpoint."""
-
-    name = "torch distributed checkpoint folder"
-
-    def recognize(self, path: str, head: bytes | None) -> bool:
-        """Whether the folder has that kind's metadata."""
-        return head is None and os.path.isfile(os.path.join(path, ".metadata"))
-
-    def read(self, path: str, *, weights_only: bool) -> CheckpointTree:
-        """Refuses it."""
-        raise UnsupportedCheckpointError(
-            explain(
-                path,
-                expected="a checkpoint in one piece, or a Hugging Face folder",
-                found=f"a {self.name}",
-                todo="Convert it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.",
-            )
-        )
-
-
 class DeepSpeedFolder:
     """A folder of DeepSpeed ZeRO."""
 

@@ -33,16 +33,21 @@ class TorchZip:
     def read(self, path: str, *, weights_only: bool) -> CheckpointTree:
         """Reads the tree; raises as `index_checkpoint` does."""
         with CheckpointFile(path) as file:
-            archive = _Archive(file)
-            tree = archive.unpickle() if weights_only else archive.unpickle_trusted()
-            return CheckpointTree(path, self.name, (file.path,), archive.resolve(tree))
+            return CheckpointTree(path, self.name, (file.path,), read_archive(file, weights_only=weights_only))
+
+
+def read_archive(file: CheckpointFile, *, weights_only: bool, start: int = 0) -> Any:
+    """Reads the tree of one archive; entries' positions count from ``start`` bytes before its first one."""
+    archive = _Archive(file, start)
+    return archive.resolve(archive.unpickle() if weights_only else archive.unpickle_trusted())
 
 
 class _Archive:
     """One open archive of ``torch.save``."""
 
-    def __init__(self, file: CheckpointFile) -> None:
+    def __init__(self, file: CheckpointFile, start: int = 0) -> None:
         self._file = file
+        self._start = start
         self._zip = ZipArchive(file)
         self._root = self._find_root()
         self._offsets: dict[Any, int] = {}
@@ -81,7 +86,7 @@ class _Archive:
             raise StorageError(
                 f"storage {shorten(key)!r} of {storage.num_bytes} bytes", f"{member.num_bytes} bytes of it"
             )
-        return self._zip.data_offset(member)
+        return self._start + self._zip.data_offset(member)
 
     def _read_pickle(self) -> bytes:
         member = self._zip.members[self._root + _PICKLE]

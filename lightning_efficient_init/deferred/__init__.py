@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from lightning_efficient_init.deferred.audit import UninitializedParameterWarning, uninitialized_parameters, watch
-from lightning_efficient_init.deferred.distribute import distribute, initialize_required, move_whole, share_buffers
+from lightning_efficient_init.deferred.distribute import (
+    distribute,
+    fill_own,
+    initialize_required,
+    keep_recipes,
+    move_whole,
+    share_buffers,
+)
 from lightning_efficient_init.deferred.materialize import (
     allocate,
     claim,
@@ -27,12 +34,14 @@ __all__ = [
     "distribute",
     "eager",
     "empty_init",
+    "fill_own",
     "forget",
     "has_recipe",
     "initialize",
     "initialize_required",
     "is_deferred",
     "is_postponed",
+    "keep_recipes",
     "materialize",
     "move_whole",
     "postponed_init",

@@ -151,7 +151,8 @@ def watch(model: torch.nn.Module) -> None:
 
     for module in model.modules():
         forward_hooks.append(module.register_forward_pre_hook(audit, prepend=True))  # before FSDP's
-        saving_hooks[module] = module.register_state_dict_pre_hook(audit_before_saving)
+        saving_hooks[module] = handle = module.register_state_dict_pre_hook(audit_before_saving)
+        module._state_dict_pre_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]  # before FSDP's
 
 
 def _is_pending(param: torch.Tensor) -> bool:

@@ -7,7 +7,7 @@ one parameter at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,15 @@ from torch import distributed
 from torch.nn import Module
 
 from lightning_efficient_init.deferred import audit
-from lightning_efficient_init.deferred.materialize import allocate, initialize, materialize_deferred
-from lightning_efficient_init.deferred.recipe import Ref, recipe_of
+from lightning_efficient_init.deferred.materialize import (
+    allocate,
+    give_bare_memory,
+    initialize,
+    is_deferred,
+    materialize_deferred,
+    materialize_tensors,
+)
+from lightning_efficient_init.deferred.recipe import Recipe, Ref, recipe_of
 from lightning_efficient_init.deferred.sharded import Windows, agree, evaluate_each, release, windows
 from lightning_efficient_init.errors import DeferredParameterError, shorten
 from lightning_efficient_init.sharding import give_local_memory, is_dtensor, offloaded, part_of, settle
@@ -67,8 +74,7 @@ def fill_parts(module: Module, refs: Windows, device: torch.device, *, is_empty:
     for param, ref in _deferred_parts(module, refs):
         target = torch.device("cpu") if id(param) in on_cpu else device
         give_local_memory(param, torch.empty_like(param._local_tensor, device=target))
-        is_left = (is_empty or ref.recipe.is_optional) and not ref.recipe.is_loaded
-        if not (is_left and audit.keep(param, ref)):
+        if not (_is_left(ref.recipe, is_empty=is_empty) and audit.keep(param, ref)):
             wanted.append((ref, partial(_fill, param)))
     evaluate_each(wanted, device)
     settle(module)
@@ -107,6 +113,56 @@ def move_whole(module: Module, device: torch.device) -> None:
                 child._buffers[name] = buffer.to(device)
 
 
+def fill_own(
+    module: Module, device: torch.device, *, is_empty: bool = False, can_wait: bool = True
+) -> Sequence[torch.Tensor]:
+    """Give the deferred tensors that ``module`` itself has, not its children, memory and values.
+
+    For engines that take one module at a time and want it whole.
+
+    Args:
+        module: Part of a deferred module.
+        device: Where memory and values are made.
+        is_empty: See `distribute`.
+        can_wait: Whether any parameter may be left without values.
+
+    Returns:
+        The parameters that were left without values, for `keep_recipes` once they have been sharded.
+    """
+    own = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None and is_deferred(t)]
+    params = [t for t in own if isinstance(t, torch.nn.Parameter)] if can_wait else []
+    left = [param for param in params if _is_left(recipe_of(param), is_empty=is_empty)]
+    give_bare_memory(left, device)
+    materialize_tensors((t for t in own if t.is_meta), device)
+    return left
+
+
+def keep_recipes(module: Module, refs: Windows, device: torch.device, left: Iterable[torch.Tensor]) -> None:
+    """Keep the recipes of parameters that have been sharded without values; run those that cannot wait.
+
+    Args:
+        module: The sharded module.
+        refs: `windows` of it, from before.
+        device: Where recipes run.
+        left: What `fill_own` has left.
+    """
+    waiting = {id(param) for param in left}
+    wanted: list[tuple[Ref, Callable[[torch.Tensor], None]]] = []
+    for child in module.modules():
+        for name, param in child._parameters.items():
+            if param is None or id(param) not in waiting:
+                continue
+            waiting.remove(id(param))
+            if not audit.keep(param, refs[child, name]):
+                wanted.append((refs[child, name], partial(_fill, param)))
+    evaluate_each(wanted, device)
+
+
+def _is_left(recipe: Recipe | None, *, is_empty: bool) -> bool:
+    """Whether memory is to be left as it is for now."""
+    return recipe is not None and (is_empty or recipe.is_optional) and not recipe.is_loaded
+
+
 def _deferred_parts(module: Module, refs: Windows) -> Iterator[tuple[Any, Ref]]:
     """The DTensors on the meta device, each once, with their recipes."""
     seen: set[int] = set()
@@ -135,6 +191,6 @@ def _fill(param: torch.Tensor, whole: torch.Tensor) -> None:
 
 def _fill_whole(module: Module, device: torch.device, *, is_empty: bool) -> None:
     """What no engine has taken apart, wherever it hangs."""
-    left = [p for p in module.parameters() if (r := recipe_of(p)) is not None and (is_empty or r.is_optional)]
+    left = [p for p in module.parameters() if p.is_meta and _is_left(recipe_of(p), is_empty=is_empty)]
     allocate(module, tensors=left)
     materialize_deferred(module, device)

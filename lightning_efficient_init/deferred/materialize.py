@@ -76,8 +76,23 @@ def materialize_deferred(
     module: torch.nn.Module, device: torch.device | None = None, dtype: torch.dtype | None = None
 ) -> None:
     """`materialize`, for what is deferred alone: nothing else is initialized, moved or cast."""
+    materialize_tensors(_tensors_of(module), device, dtype)
+    _check_complete(module)
+
+
+def give_bare_memory(tensors: Iterable[torch.Tensor], device: torch.device) -> None:
+    """Give deferred tensors, and all that shares their memory, memory without values or a way to tell."""
     with parameter.undisturbed():
-        groups = _deferred_groups(module)
+        for recipe, sharing in _groups(tensors).items():
+            parameter.give_memory(sharing, torch.UntypedStorage(recipe.num_bytes, device=device))
+
+
+def materialize_tensors(
+    tensors: Iterable[torch.Tensor], device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """`materialize`, for those of ``tensors`` that are deferred, and all that shares their memory."""
+    with parameter.undisturbed():
+        groups = _groups(tensors)
 
         def deliver(recipe: Recipe, storage: torch.UntypedStorage) -> None:
             tensors = groups[recipe]
@@ -86,7 +101,6 @@ def materialize_deferred(
                 parameter.cast(tensors, dtype)
 
         evaluate(groups, device=device, deliver=deliver)
-        _check_complete(module)
 
 
 def allocate(module: torch.nn.Module, *, tensors: Iterable[torch.Tensor] | None = None) -> None:
@@ -168,10 +182,6 @@ def _groups(params: Iterable[torch.Tensor]) -> dict[Recipe, list[torch.Tensor]]:
 def _aliases_being_recorded(recipe: Recipe) -> list[torch.Tensor]:
     recorder = current()
     return recorder.aliases(recipe) if recorder is not None else []
-
-
-def _deferred_groups(module: torch.nn.Module) -> dict[Recipe, list[torch.Tensor]]:
-    return _groups(_tensors_of(module))
 
 
 def _tensors_of(module: torch.nn.Module) -> Iterator[torch.Tensor]:

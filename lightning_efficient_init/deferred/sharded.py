@@ -117,16 +117,21 @@ def _agree_on_numbers(ops: list[Op], group: Any) -> None:
 def _agree_on_streams(ops: list[Op], device: torch.device, group: Any) -> None:
     streams = list(_streams(ops))
     elsewhere = [stream.elsewhere.get(device) for stream in streams]
-    mine = [(min(s.states.items(), default=None), there) for s, there in zip(streams, elsewhere, strict=True)]
-    theirs = _from_first(mine, group)
+    theirs = _from_first(list(zip(map(_known_states, streams), elsewhere, strict=True)), group)
     if distributed.get_rank(group) == 0:
         return
-    for stream, (start, there) in zip(streams, theirs, strict=True):
-        stream.states.clear()
+    for stream, ((places, states), there) in zip(streams, theirs, strict=True):
         stream._twins.clear()
+        stream.states = dict(zip(places, states, strict=True))
         stream.elsewhere = {} if there is None else {device: there}
-        if start is not None:
-            stream.states[start[0]] = start[1]
+
+
+def _known_states(stream: Stream) -> tuple[list[int], torch.Tensor | tuple[()]]:
+    """Where the generator stood: all that is known if states are small, else where the stream starts."""
+    known = sorted(stream.states.items())
+    if known and stream.generator.device.type == "cpu":
+        known = known[:1]
+    return [place for place, _ in known], torch.stack([state for _, state in known]) if known else ()
 
 
 def _streams(ops: Iterable[Op]) -> Iterator[Stream]:

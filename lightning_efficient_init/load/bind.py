@@ -23,6 +23,7 @@ from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 from lightning_efficient_init.checkpoint import Entry, LazyTensor, map_leaves, read_entry
 from lightning_efficient_init.load import own_code
 from lightning_efficient_init.load.keys import strip_wrappers
+from lightning_efficient_init.sharding import FLAT_NAME, is_partitioned, shown_whole, stand_ins
 from lightning_efficient_init.sinks import shape_of
 
 Shape = tuple[int, ...]
@@ -133,6 +134,8 @@ def _below(prefix: str, name: str) -> str:
 
 def _has_loading_code(module: Module) -> bool:
     cls = type(module)
+    if "_fsdp_wrapped_module" in module._modules:
+        return False  # FSDP's hooks gather parameters for code that does not know their parts
     return bool(
         cls._load_from_state_dict is not Module._load_from_state_dict
         or module._load_state_dict_pre_hooks
@@ -141,8 +144,8 @@ def _has_loading_code(module: Module) -> bool:
 
 
 def _own_tensors(module: Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
+    for name, parameter in (*module._parameters.items(), *stand_ins(module).items()):
+        if parameter is not None and name != FLAT_NAME:
             yield prefix + name, parameter
     for name, buffer in module._buffers.items():
         if buffer is not None and name not in module._non_persistent_buffers_set:
@@ -220,7 +223,10 @@ def _bind_custom(module: Module, prefix: str, state: dict[str, Any], metadata: A
     """Ask the loading code of ``module``, and of what is in it, what it would copy."""
     own = named_state(module)
     binding.tensors.update({prefix + name: tensor for name, tensor in own.items()})
-    answer = own_code.ask(module, own, {key[len(prefix) :]: value for key, value in state.items()}, metadata)
+    with shown_whole(own.values()):
+        answer = own_code.ask(module, own, {key[len(prefix) :]: value for key, value in state.items()}, metadata)
+    if not answer.is_plain and any(map(is_partitioned, own.values())):
+        answer.errors.append("has loading code of its own that writes to parameters, of which ZeRO-3 keeps parts only")
     if answer.is_plain:
         for name, value in answer.copies.items():
             _offer(binding, prefix + name, own[name], value)

@@ -15,7 +15,7 @@ import torch
 
 from lightning_efficient_init.checkpoint import Entry
 from lightning_efficient_init.load.bind import Binding
-from lightning_efficient_init.sharding import is_partitioned
+from lightning_efficient_init.sharding import part_of
 from lightning_efficient_init.sinks import PLAIN_TYPES
 
 Pair: TypeAlias = tuple[str, torch.Tensor, Entry]
@@ -49,8 +49,8 @@ def _memory_key(tensor: torch.Tensor) -> object:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    is_ordinary = type(tensor) in PLAIN_TYPES and tensor.layout is torch.strided and not tensor.is_meta
-    return is_ordinary and not is_partitioned(tensor)
+    is_tensor = type(tensor) in PLAIN_TYPES and tensor.layout is torch.strided and not tensor.is_meta
+    return is_tensor and part_of(tensor) is None
 
 
 def _overlap(tensors: Sequence[torch.Tensor]) -> bool:

@@ -7,26 +7,41 @@ from typing import Any
 import torch
 
 from lightning_efficient_init.sharding.dtensor import block_of, give_local_memory, is_dtensor, like_dtensor
+from lightning_efficient_init.sharding.fsdp import FLAT_NAME, is_flattened, mark_parts, stand_ins, stretch_of
 from lightning_efficient_init.sharding.fully_shard import offloaded, settle
 from lightning_efficient_init.sharding.part import Block, Part, Rows, Stretch
-from lightning_efficient_init.sharding.zero3 import is_partitioned, partition, partition_of, refresh
+from lightning_efficient_init.sharding.zero3 import (
+    is_engine,
+    is_partitioned,
+    partition,
+    partition_of,
+    refresh,
+    shown_whole,
+)
 
 __all__ = [
+    "FLAT_NAME",
     "Block",
     "Part",
     "Rows",
     "Stretch",
     "give_local_memory",
     "is_dtensor",
+    "is_engine",
+    "is_flattened",
     "is_partitioned",
     "is_sharded",
     "like_part",
+    "mark_parts",
     "offloaded",
     "part_of",
     "partition",
     "refresh",
     "settle",
     "shape_of",
+    "shown_whole",
+    "stand_ins",
+    "whole_part",
 ]
 
 
@@ -36,6 +51,8 @@ def part_of(tensor: Any) -> Part | None:
         return block_of(tensor)
     if is_partitioned(tensor):
         return partition_of(tensor)
+    if is_flattened(tensor):
+        return stretch_of(tensor)
     return None
 
 
@@ -59,3 +76,9 @@ def like_part(param: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, to
     if is_partitioned(param):
         return memory, memory
     return (like_dtensor(param, memory) if is_dtensor(param) else memory.view(param.shape)), memory
+
+
+def whole_part(tensor: torch.Tensor) -> Part:
+    """All of a tensor that is whole, as a part."""
+    shape = tuple(tensor.shape)
+    return Block(shape, tuple(((0, size),) for size in shape), tensor, is_whole=True)

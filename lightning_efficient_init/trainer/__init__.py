@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning_efficient_init.trainer.ddp import EfficientDDPStrategy
 from lightning_efficient_init.trainer.deepspeed import EfficientDeepSpeedStrategy
+from lightning_efficient_init.trainer.fsdp import EfficientFSDPStrategy
 from lightning_efficient_init.trainer.fsdp2 import EfficientFSDP2Strategy
 from lightning_efficient_init.trainer.mixin import ConfigureModelMixin
 from lightning_efficient_init.trainer.single_device import EfficientSingleDeviceStrategy
@@ -13,5 +14,6 @@ __all__ = [
     "EfficientDDPStrategy",
     "EfficientDeepSpeedStrategy",
     "EfficientFSDP2Strategy",
+    "EfficientFSDPStrategy",
     "EfficientSingleDeviceStrategy",
 ]
