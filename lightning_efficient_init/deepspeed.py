@@ -18,7 +18,7 @@ import torch
 from lightning.fabric.plugins.precision.utils import _DtypeContextManager
 from torch.nn import Module
 
-from lightning_efficient_init.checkpoint.refused import DeepSpeedFolder
+from lightning_efficient_init.checkpoint.deepspeed import DeepSpeedFolder
 from lightning_efficient_init.deferred import initialize_required, move_whole, share_buffers
 from lightning_efficient_init.deferred.audit import keep
 from lightning_efficient_init.deferred.recipe import Ref
