@@ -27,12 +27,12 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.strategies import FSDPStrategy, ModelParallelStrategy
-from models import SIZES, Block, RMSNorm, build
 from rich.console import Console
 from rich.table import Table
 from torch import distributed, nn
 
 from lightning_efficient_init import EfficientInit
+from lightning_efficient_init.bench.llama import SIZES, Block, RMSNorm, build
 from lightning_efficient_init.fsdp2 import shard_blocks
 from lightning_efficient_init.memory import PeakMemory
 from lightning_efficient_init.sharding import part_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from lightning_efficient_init.checkpoint.file import CheckpointFile
@@ -36,10 +37,19 @@ class TorchZip:
             return CheckpointTree(path, self.name, (file.path,), read_archive(file, weights_only=weights_only))
 
 
-def read_archive(file: CheckpointFile, *, weights_only: bool, start: int = 0) -> Any:
-    """Reads the tree of one archive; entries' positions count from ``start`` bytes before its first one."""
+def read_archive(
+    file: CheckpointFile, *, weights_only: bool, start: int = 0, stand_ins: Mapping[str, Any] | None = None
+) -> Any:
+    """Reads the tree of one archive.
+
+    Args:
+        file: The archive.
+        weights_only: See `index_checkpoint`.
+        start: How many bytes before the archive's first one entries' positions count from.
+        stand_ins: Harmless classes to be used in the place of those that its pickle names.
+    """
     archive = _Archive(file, start)
-    return archive.resolve(archive.unpickle() if weights_only else archive.unpickle_trusted())
+    return archive.resolve(archive.unpickle(stand_ins or {}) if weights_only else archive.unpickle_trusted())
 
 
 class _Archive:
@@ -53,8 +63,8 @@ class _Archive:
         self._offsets: dict[Any, int] = {}
         self._check_byte_order()
 
-    def unpickle(self) -> Any:
-        unpickler = SafeUnpickler(self._read_pickle(), 0, stored_storage, self._file.path)
+    def unpickle(self, stand_ins: Mapping[str, Any]) -> Any:
+        unpickler = SafeUnpickler(self._read_pickle(), 0, stored_storage, self._file.path, stand_ins)
         try:
             return unpickler.load()
         except TruncatedPickleError:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_efficient_init.fsdp import KeepsDeclaredDtypes, gathering, is_wrapped, wrap
 from lightning_efficient_init.precision import EfficientInit
-from lightning_efficient_init.sharded import sharded_init_context
+from lightning_efficient_init.sharded import refuse_quantized, sharded_init_context
 from lightning_efficient_init.trainer.sharded import LoadsParts
 
 
@@ -45,6 +45,7 @@ class EfficientFSDPStrategy(LoadsParts, FSDPStrategy):
     @precision_plugin.setter
     def precision_plugin(self, precision_plugin: Precision | None) -> None:
         if isinstance(precision_plugin, EfficientInit):
+            refuse_quantized(precision_plugin.quantize)
             precision_plugin = _Precision(precision_plugin.precision, lambda: self.root_device.type)
         FSDPStrategy.precision_plugin.fset(self, precision_plugin)  # type: ignore[attr-defined]
 
