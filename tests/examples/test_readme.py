@@ -1,5 +1,6 @@
 """The README's code runs as it is written there, with only what it needs around it."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from ranks import run_ranks
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -74,11 +76,27 @@ def llama_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("accelerator", ACCELERATORS)
 def test_the_fabric_snippet_runs(accelerator, llama_file):
-    model = run(snippet_with('plugins=[EfficientInit("bf16-true")]'), accelerator, LLaMA=LLaMA)["model"]
+    model = run(
+        snippet_with('strategy="efficient_init", plugins=[EfficientInit("bf16-true")]'), accelerator, LLaMA=LLaMA
+    )["model"]
     saved = torch.load(llama_file)
     for name, value in model.state_dict().items():
         assert value.device.type == accelerator
         assert torch.equal(value.cpu(), saved[name].bfloat16())
+
+
+def _sharded_snippet(rank, folder):
+    os.chdir(folder)
+    snippet = snippet_with("devices=8").replace("devices=8", "devices=2")
+    model = run(snippet, "cpu", L=L, EfficientInit=EfficientInit, LLaMA=LLaMA)["model"]
+    return {name: value.full_tensor() for name, value in model.state_dict().items()}
+
+
+def test_the_snippet_for_several_devices_runs(llama_file):
+    saved = torch.load(llama_file)
+    for state in run_ranks(_sharded_snippet, 2, llama_file.parent):
+        for name, value in saved.items():
+            assert torch.equal(state[name], value.bfloat16())
 
 
 @pytest.mark.parametrize("accelerator", ACCELERATORS)
@@ -137,7 +155,7 @@ def test_the_plan_memory_snippet_runs(llama_file, capsys):
 
 
 def test_every_snippet_is_run_here():
-    assert len(SNIPPETS) == 5
+    assert len(SNIPPETS) == 7
 
 
 def test_precisions_are_those_of_the_plugin():

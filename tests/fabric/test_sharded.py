@@ -11,6 +11,7 @@ from ranks import run_ranks
 from sharded_models import TinyLM, assert_equal_states, eager_model, loss_of, tokens, whole_state
 
 from lightning_efficient_init import EfficientInit, load_checkpoint, uninitialized_parameters
+from lightning_efficient_init.deferred import UninitializedParameterWarning
 from lightning_efficient_init.errors import CheckpointError, StateDictMismatchError
 from lightning_efficient_init.fabric import EfficientFSDP2Strategy, EfficientFSDPStrategy
 
@@ -271,3 +272,46 @@ def test_tensor_parallel_and_sharded_parameters_are_loaded(tmp_path):
     for state, num_bytes in run_ranks(_load_2d, 4, tmp_path / "a.pth"):
         assert_equal_states(state, expected)
         assert num_bytes < 0.4 * sum(value.nbytes for value in expected.values())
+
+
+def _flat(rank, path):
+    """Parameters that exist in flat ones alone."""
+    fabric = fabric_of(2, EfficientFSDPStrategy(use_orig_params=False))
+    torch.manual_seed(1 + rank)
+    with fabric.init_module():
+        first, second = two_layers(), two_layers()
+    first = fabric.setup(first)
+    second = fabric.setup(second)
+    report = load_checkpoint(second, path)
+    assert report.num_bytes == report.bytes_per_rank[rank] > 0
+    assert not report.missing
+    return whole_state(first._forward_module), whole_state(second._forward_module), report.num_bytes
+
+
+def test_parameters_that_are_flat_are_initialized_and_loaded(tmp_path):
+    torch.manual_seed(1)
+    initialized, loaded = two_layers().state_dict(), two_layers().state_dict()
+    loaded = {name: value + 1 for name, value in loaded.items()}
+    torch.save(loaded, tmp_path / "a.pth")
+    results = run_ranks(_flat, 2, tmp_path / "a.pth")
+    for first, second, _ in results:
+        assert_equal_states(first, initialized)
+        assert_equal_states(second, loaded)
+    assert sum(num_bytes for _, _, num_bytes in results) == sum(value.nbytes for value in loaded.values())
+
+
+def _uninitialized(rank, engine):
+    """What nobody loads is initialized at first use."""
+    fabric = fabric_of(2, engine)
+    model = fabric.setup(built(fabric, empty=True))
+    assert uninitialized_parameters(model)
+    with pytest.warns(UninitializedParameterWarning, match="had not been written"):
+        model(tokens())
+    return whole_state(model._forward_module)
+
+
+@engines
+def test_what_nobody_loads_is_initialized_at_first_use(engine):
+    expected = whole_state(eager_model())
+    for state in run_ranks(_uninitialized, 2, engine):
+        assert_equal_states(state, expected)
