@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_efficient_init.errors import CheckpointError
 from lightning_efficient_init.load.extents import PAGE_BYTES
 from lightning_efficient_init.load.pipeline import Settings, transfer
-from lightning_efficient_init.sharding import part_of
+from lightning_efficient_init.sharding import has_parts
 from lightning_efficient_init.sinks import Segment
 
 _SMALL_BYTES = 1 << 20  # what is smaller travels together
@@ -148,7 +148,7 @@ def replicas_of(model: Module) -> Replicas | None:
         if module in _replicated:
             group = _replicated[module]
             return replicas_over(group) if _is_alive(group) else None
-    if distributed.is_initialized() and any(part_of(param) is not None for param in model.parameters()):
+    if distributed.is_initialized() and has_parts(model):
         return replicas_over(distributed.group.WORLD)
     return None
 

@@ -26,6 +26,7 @@ __all__ = [
     "Rows",
     "Stretch",
     "give_local_memory",
+    "has_parts",
     "is_dtensor",
     "is_engine",
     "is_flattened",
@@ -82,3 +83,8 @@ def whole_part(tensor: torch.Tensor) -> Part:
     """All of a tensor that is whole, as a part."""
     shape = tuple(tensor.shape)
     return Block(shape, tuple(((0, size),) for size in shape), tensor, is_whole=True)
+
+
+def has_parts(module: torch.nn.Module) -> bool:
+    """Whether an engine has taken any parameter below ``module`` apart."""
+    return any(part_of(param) is not None for param in module.parameters()) or any(map(stand_ins, module.modules()))
