@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
+import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torchmetrics import MeanMetric
+
+# for tests that run a model: of torch 2.6, FSDP2 can be built on a CPU, but not run
+RUN_ENGINES = [
+    pytest.param(
+        "fsdp2",
+        marks=pytest.mark.skipif(
+            not hasattr(torch.cpu.Stream, "record_event"), reason="this torch cannot run FSDP2 on a CPU"
+        ),
+    ),
+    "fsdp",
+]
 
 
 class RMSNorm(nn.Module):

@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 import torch
 from ranks import run_ranks
-from sharded_models import TinyLM, assert_equal_states, eager_model, loss_of, tokens, whole_state
+from sharded_models import RUN_ENGINES, TinyLM, assert_equal_states, eager_model, loss_of, tokens, whole_state
 
 from lightning_efficient_init import EfficientInit, load_checkpoint, uninitialized_parameters
 from lightning_efficient_init.deferred import UninitializedParameterWarning
@@ -17,6 +17,7 @@ from lightning_efficient_init.fabric import EfficientFSDP2Strategy, EfficientFSD
 
 ENGINES = {"fsdp2": EfficientFSDP2Strategy, "fsdp": EfficientFSDPStrategy}
 engines = pytest.mark.parametrize("engine", list(ENGINES))
+running_engines = pytest.mark.parametrize("engine", RUN_ENGINES)
 
 
 def fabric_of(world_size, strategy, **kwargs):
@@ -64,7 +65,7 @@ def _load(rank, world_size, path, when, empty, engine):
     return whole_state(model._forward_module)
 
 
-@engines
+@running_engines
 @pytest.mark.parametrize(
     ("when", "empty"), [("before", True), ("before, by function", False), ("after", True), ("after", False)]
 )
@@ -107,7 +108,7 @@ def _losses(rank, world_size, name):
     return _train(fabric, model, optimizer, 3)
 
 
-@engines
+@running_engines
 def test_training_losses_are_those_of_ddp(engine):
     ours, theirs = run_ranks(_losses, 2, 2, engine), run_ranks(_losses, 2, 2, "ddp")
     for found, expected in zip(ours, theirs):
@@ -133,7 +134,7 @@ def _save_and_resume(rank, world_size, path, engine, kind):
     assert _train(fabric, model, optimizer, 2) == pytest.approx(expected, rel=1e-5)
 
 
-@engines
+@running_engines
 @pytest.mark.parametrize("kind", ["full", "sharded"])
 def test_what_is_saved_resumes_with_the_same_losses(tmp_path, engine, kind):
     run_ranks(_save_and_resume, 2, 2, tmp_path / "a.ckpt", engine, kind)
@@ -221,13 +222,14 @@ def _precisions(rank, path, precision, is_ours, engine):
     model = built(fabric)
     fabric.load_raw(path, model)
     model = fabric.setup(model)
+    state = whole_state(model._forward_module)
     loss = loss_of(model, tokens())
     fabric.backward(loss)
     assert loss.isfinite()
-    return {name: value for name, value in whole_state(model._forward_module).items() if "metric" not in name}
+    return {name: value for name, value in state.items() if "metric" not in name}
 
 
-@engines
+@running_engines
 @pytest.mark.parametrize(
     ("precision", "is_ours"), [("bf16-true", True), ("64-true", True), ("bf16-mixed", True), ("bf16-true", False)]
 )
@@ -255,9 +257,7 @@ def _load_2d(rank, path):
         model = two_layers()
     model = fabric.setup(model)
     report = load_checkpoint(model, path)
-    values = {name: t.full_tensor() for name, t in model.state_dict().items()}
-    model(torch.ones(2, 8))
-    return values, report.num_bytes
+    return {name: t.full_tensor() for name, t in model.state_dict().items()}, report.num_bytes
 
 
 def two_layers():
@@ -310,7 +310,7 @@ def _uninitialized(rank, engine):
     return whole_state(model._forward_module)
 
 
-@engines
+@running_engines
 def test_what_nobody_loads_is_initialized_at_first_use(engine):
     expected = whole_state(eager_model())
     for state in run_ranks(_uninitialized, 2, engine):

@@ -9,14 +9,14 @@ import pytest
 import torch
 from lightning_models import ADVICE
 from ranks import run_ranks
-from sharded_models import TinyLM, assert_equal_states, eager_model, loss_of, tokens, whole_state
+from sharded_models import RUN_ENGINES, TinyLM, assert_equal_states, eager_model, loss_of, tokens, whole_state
 from torch.utils.data import DataLoader
 
 from lightning_efficient_init import EfficientInit, load_checkpoint
 from lightning_efficient_init.trainer import EfficientFSDP2Strategy, EfficientFSDPStrategy
 
 pytestmark = ADVICE
-engines = pytest.mark.parametrize("engine", ["fsdp2", "fsdp"])
+engines = pytest.mark.parametrize("engine", RUN_ENGINES)
 SHARDED = {
     ("fsdp2", "sharded"): EfficientFSDP2Strategy,
     ("fsdp2", "full"): lambda: EfficientFSDP2Strategy(save_distributed_checkpoint=False),
@@ -125,6 +125,7 @@ def _shards_itself(rank):
     return {name: value for name, value in whole(trainer).items() if "metric" not in name}
 
 
+@RUN_ENGINES[0].marks[0]
 def test_a_module_that_shards_itself_in_configure_model_has_the_values_of_one_device():
     expected = {name: value for name, value in whole_state(eager_model()).items() if "metric" not in name}
     for state in run_ranks(_shards_itself, 2):
