@@ -11,7 +11,7 @@ from ranks import run_ranks
 from torch import distributed, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lightning_efficient_init import load_checkpoint
 from lightning_efficient_init.checkpoint import Entry, index_checkpoint, index_tree, read_entry
@@ -35,7 +35,12 @@ def state():
 def _save(rank, folder):
     distributed.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (3,))
-    model = {name: distribute_tensor(value, mesh, PLACEMENTS[name]) for name, value in state().items()}
+    model = {}
+    for name, value in state().items():
+        (placement,) = PLACEMENTS[name]
+        local = value if name == "whole" else value.chunk(3, placement.dim)[rank].contiguous()
+        shape = {"shape": value.shape, "stride": value.stride()}
+        model[name] = DTensor.from_local(local, mesh, [placement], run_check=False, **shape)
     dcp.save({"model": model, "lists": [torch.ones(2), {"a": 1.5}], "step": 7}, checkpoint_id=folder)
 
 
