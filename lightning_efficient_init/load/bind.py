@@ -26,8 +26,8 @@ from lightning_efficient_init.load import own_code
 from lightning_efficient_init.load.keys import strip_wrappers
 from lightning_efficient_init.quantize import QuantizedLayer, QuantizedParameter
 from lightning_efficient_init.quantize.state import adopt, find, full_shape
-from lightning_efficient_init.sharding import FLAT_NAME, stand_ins
-from lightning_efficient_init.sinks import shape_of
+from lightning_efficient_init.sharding import FLAT_NAME, is_partitioned, shown_whole, stand_ins
+from lightning_efficient_init.sinks import obstacle, shape_of
 
 Shape = tuple[int, ...]
 
@@ -212,6 +212,8 @@ def _offer(binding: Binding, name: str, tensor: torch.Tensor, value: Any, shape:
             f"{name}: expected memory for each of its elements, found a tensor of shape {list(expected)} that was "
             "expanded, in which several elements are one: call .contiguous() on it when the model is built"
         )
+    elif isinstance(source, Entry) and (reason := obstacle(tensor, source)) is not None:
+        binding.errors.append(f"{name}: {reason}")
     elif isinstance(source, Entry):
         binding.entries[name] = source
     else:
@@ -249,7 +251,10 @@ def _bind_custom(module: Module, prefix: str, state: dict[str, Any], metadata: A
     """Ask the loading code of ``module``, and of what is in it, what it would copy."""
     own = named_state(module)
     binding.tensors.update({prefix + name: tensor for name, tensor in own.items()})
-    answer = own_code.ask(module, own, {key[len(prefix) :]: value for key, value in state.items()}, metadata)
+    with shown_whole(own.values()):
+        answer = own_code.ask(module, own, {key[len(prefix) :]: value for key, value in state.items()}, metadata)
+    if not answer.is_plain and any(map(is_partitioned, own.values())):
+        answer.errors.append("has loading code of its own that writes to parameters, of which ZeRO-3 keeps parts only")
     if answer.is_plain:
         for name, value in answer.copies.items():
             _offer(binding, prefix + name, own[name], value)

@@ -62,7 +62,8 @@ def plan_reads(segments: Sequence[Segment], max_read_bytes: int) -> list[Read]:
 def num_unique_bytes(entries: Iterable[Entry]) -> int:
     """Bytes of the files that the entries cover, bytes that several of them share counted once."""
     total, file, end = 0, "", 0
-    for entry in sorted(entries, key=lambda e: (e.file, e.offset)):
+    pieces = (piece for entry in entries for piece in entry.pieces)
+    for entry in sorted(pieces, key=lambda e: (e.file, e.offset)):
         if entry.file != file:
             file, end = entry.file, 0
         stop = entry.offset + entry.extent_bytes

@@ -128,6 +128,14 @@ def test_the_plan_load_snippet_runs(llama_file, capsys):
     assert str(num_bytes) in capsys.readouterr().out
 
 
+def test_the_plan_memory_snippet_runs(llama_file, capsys):
+    names = run(snippet_with("plan_memory("), "cpu", LLaMA=LLaMA, torch=torch)
+    numel = sum(parameter.numel() for parameter in LLaMA.from_name("7B").parameters())
+    printed = [int(word) for word in capsys.readouterr().out.split()]
+    assert printed[0] == 4 * numel
+    assert names["plan"].device["optimizer state"] == 2 * 2 * numel
+
+
 def test_every_snippet_is_run_here():
     assert len(SNIPPETS) == 5
 
