@@ -51,7 +51,7 @@ class PlainSink:
         if entry.numel == 0:
             return ()
         if self.is_direct:
-            dest = self.tensor.detach().view(-1)
+            dest = self.tensor
         else:
             numel = entry.extent_bytes // entry.dtype.itemsize
             dest = self._scratch = torch.empty(numel, dtype=entry.dtype, device=self.device)

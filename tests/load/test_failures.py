@@ -12,7 +12,13 @@ import torch
 from torch import nn
 
 from lightning_efficient_init import load_checkpoint, plan_load
-from lightning_efficient_init.errors import CheckpointError, CheckpointReadError, CorruptCheckpointError
+from lightning_efficient_init.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CheckpointReadError,
+    CorruptCheckpointError,
+    UnsupportedCheckpointError,
+)
 from lightning_efficient_init.load.load import run_plan
 from lightning_efficient_init.load.pipeline import Settings
 from lightning_efficient_init.load.state_dict import streaming_load_state_dict
@@ -85,7 +91,7 @@ def test_a_file_that_is_whole_again_before_the_last_attempt_is_loaded(planned, p
 def test_a_file_that_is_gone_is_reported(planned, path):
     model, plan = planned
     path.unlink()
-    with pytest.raises(CheckpointReadError, match=r"No such file.*Check the disk"):
+    with pytest.raises(CheckpointNotFoundError, match=r"w\.pt.*nothing at this path.*Check the path"):
         run_plan(plan, SMALL)
     assert not any(parameter.any() for parameter in model.values())
 
@@ -95,7 +101,7 @@ def test_a_folder_or_a_pipe_in_the_files_place_is_reported_and_never_waited_for(
     model, plan = planned
     path.unlink()
     replace(path)
-    with pytest.raises(CheckpointReadError):
+    with pytest.raises(UnsupportedCheckpointError, match="expected a regular file"):
         run_plan(plan, SMALL)
     assert not any(parameter.any() for parameter in model.values())
 
