@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch.nn import Module, Parameter
 
-from lightning_efficient_init.checkpoint import Entry
 from lightning_efficient_init.deferred import allocate, eager, forget, has_recipe, initialize, undisturbed
 from lightning_efficient_init.errors import CheckpointError, DeferredParameterError, shorten
 from lightning_efficient_init.load.bind import Binding, named_state
 from lightning_efficient_init.load.keys import KeyMap
 from lightning_efficient_init.load.mapping import map_entries
-from lightning_efficient_init.load.order import last_per_memory, waves
+from lightning_efficient_init.load.order import order_writes
 from lightning_efficient_init.load.pipeline import Settings, transfer
 from lightning_efficient_init.load.plan import LoadPlan, plan_load
 from lightning_efficient_init.load.report import LoadReport, Meter
@@ -115,18 +114,17 @@ def _write(model: Module, binding: Binding, settings: Settings, meter: Meter, *,
     names = [*binding.entries, *binding.values, *binding.loaded_by_calls]
     with undisturbed():
         tensors = _with_memory(model, binding, names)
-        sources = last_per_memory(tensors, binding)
-        pairs = [(name, tensors[name], source) for name, source in sources.items() if isinstance(source, Entry)]
+        writes = order_writes(tensors, binding)
+        pairs = [pair for wave in writes.waves for pair in wave]
         if mmap:
             map_entries(pairs)
         else:
-            for wave in waves(pairs):
+            for wave in writes.waves:
                 stream([sink_for(*pair) for pair in wave], settings, meter)
         _note_writes([tensor for _, tensor, _ in pairs])
     with torch.inference_mode():  # which may write to inference tensors as well as to others
-        for name, value in sources.items():
-            if isinstance(value, torch.Tensor):
-                tensors[name].copy_(value)
+        for tensor, value in writes.values:
+            tensor.copy_(value)
     try:
         for call in binding.calls:
             call()
@@ -144,7 +142,7 @@ def _note_writes(tensors: Sequence[torch.Tensor]) -> None:
 
 def _with_memory(model: Module, binding: Binding, names: Sequence[str]) -> Mapping[str, torch.Tensor]:
     """The tensors to write, after deferred ones among them got memory."""
-    deferred = [name for name in names if _is_meta(binding.tensors[name])]
+    deferred = _on_meta(binding.tensors, names)
     if not deferred:
         return binding.tensors
     if bare := [name for name in deferred if not has_recipe(binding.tensors[name])]:
@@ -156,15 +154,15 @@ def _with_memory(model: Module, binding: Binding, names: Sequence[str]) -> Mappi
     allocate(
         model, tensors=[binding.tensors[name] for name in deferred if isinstance(binding.tensors[name], Parameter)]
     )
-    if any(_is_meta(binding.tensors[name]) for name in deferred):
+    if _on_meta(binding.tensors, deferred):
         allocate(model)  # buffers that are views of parameters get their memory from those
     return {**binding.tensors, **named_state(model)}
 
 
-def _is_meta(tensor: torch.Tensor) -> bool:
+def _on_meta(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> list[str]:
     """The truth, also while construction is recorded and deferred tensors answer for the device they will be on."""
     with torch._C.DisableTorchFunction():
-        return tensor.is_meta
+        return [name for name in names if tensors[name].is_meta]
 
 
 def stream(sinks: Sequence[Sink], settings: Settings, meter: Meter) -> None:
@@ -207,6 +205,7 @@ def _batches(sinks: Sequence[Sink], max_scratch: int) -> Iterator[tuple[list[Sin
 
 def _initialize_rest(model: Module, binding: Binding) -> tuple[str, ...]:
     """Run the initializers of parameters that nobody has written by now, also of those that a load hook forgave."""
-    if not any(has_recipe(tensor) for tensor in binding.tensors.values()):
+    written = binding.entries.keys() | binding.values.keys()
+    if not any(has_recipe(tensor) for name, tensor in binding.tensors.items() if name not in written):
         return ()
     return tuple(initialize(model))

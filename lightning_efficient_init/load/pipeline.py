@@ -132,6 +132,7 @@ class _Pipeline:
         for read in self.reads:
             self._waiting.put(read)
         self._stop = threading.Event()
+        self._starting = threading.Lock()
 
     def run(self, on_tick: Callable[[int], None] | None) -> None:
         with ThreadPoolExecutor(len(self._lanes), thread_name_prefix="efficient-init") as pool:
@@ -155,6 +156,10 @@ class _Pipeline:
                 raise
 
     def _work(self, lane: _Lane) -> None:
+        with self._starting:
+            # In a forked process torch makes its pool of threads anew when a new thread first asks for it, and
+            # answers "Invalid thread pool!" to whoever asks meanwhile (caffe2/utils/threadpool, torch 2.6 to 2.13).
+            torch.get_num_threads()
         with torch.inference_mode(), lane:  # which may write to inference tensors as well as to others
             while not self._stop.is_set():
                 try:
