@@ -42,7 +42,9 @@ def order_writes(tensors: Mapping[str, torch.Tensor], binding: Binding) -> Write
         binding: What is to be written to which of them.
     """
     sources: dict[str, Entry | torch.Tensor] = {**binding.entries, **binding.values}
-    names = _last([name for name in binding.tensors if name in sources], lambda name: id(tensors[name]))
+    names = [name for name in binding.tensors if name in sources]
+    if len({id(tensors[name]) for name in names}) < len(names):
+        names = _last(names, lambda name: id(tensors[name]))
     late: set[str] = set()
     dropped: set[str] = set()
     for group in _overlapping(tensors, names):
