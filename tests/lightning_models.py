@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import lightning as L
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_efficient_init import EfficientInit
+from lightning_efficient_init import ConfigureModelMixin, EfficientInit
 
 # Lightning's advice on data loaders and unused GPUs
 ADVICE = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
@@ -48,6 +49,38 @@ class Regression(L.LightningModule):
         return torch.optim.Adam(self.parameters(), self.hparams.lr, eps=1e-3)
 
 
+class Recording(Regression):
+    """Leaves behind what its training started from, and in which process."""
+
+    def __init__(self, folder: str):
+        super().__init__(24)
+        self.folder = folder
+
+    def on_train_start(self):
+        torch.save((self.state_dict(), os.getpid()), f"{self.folder}/{self.global_rank}.pt")
+
+
+class Configured(ConfigureModelMixin, L.LightningModule):
+    """The same model, built in ``configure_model``."""
+
+    def __init__(self, width: int = 16, lr: float = 0.1, pretrained: str | None = None):
+        super().__init__(pretrained=pretrained)
+        self.save_hyperparameters(ignore=["pretrained"])
+        self.built = 0
+
+    def configure_model(self):
+        self.built += 1
+        model = Regression(self.hparams.width)
+        self.net, self.scale = model.net, model.scale
+        self.register_buffer("frequencies", model.frequencies)
+
+    forward = Regression.forward
+    training_step = Regression.training_step
+    validation_step = test_step = Regression.validation_step
+    predict_step = Regression.predict_step
+    configure_optimizers = Regression.configure_optimizers
+
+
 def loader():
     generator = torch.Generator().manual_seed(3)
     return DataLoader(TensorDataset(torch.randn(32, 8, generator=generator)), batch_size=8)
@@ -61,7 +94,7 @@ def quiet_trainer(accelerator="cpu", **kwargs):
         "enable_model_summary": False,
         "enable_checkpointing": False,
     }
-    return L.Trainer(accelerator=accelerator, devices=1, **{**quiet, "max_epochs": 1, **kwargs})
+    return L.Trainer(accelerator=accelerator, **{**quiet, "devices": 1, "max_epochs": 1, **kwargs})
 
 
 def quiet_fabric(efficient_init="32-true", accelerator="cpu", **kwargs):

@@ -78,7 +78,7 @@ class CheckpointFile:
         self.check_inside(offset, len(buffer), what)
         self.fill([buffer], offset)
 
-    def fill(self, buffers: Sequence[Any], offset: int, tensor: str | None = None) -> None:
+    def fill(self, buffers: Sequence[Any], offset: int, *, tensor: str | None = None, pitch_bytes: int = 0) -> None:
         """Fills writable buffers of bytes, one after the other, from ``offset`` on.
 
         Failing and short reads are usual on network file systems: it asks again, with a fresh file descriptor.
@@ -87,24 +87,25 @@ class CheckpointFile:
             buffers: What to fill; none of them empty.
             offset: Position in the file, in bytes.
             tensor: Name of the tensor that is read, for errors.
+            pitch_bytes: If given, each buffer's bytes start so many after those of the buffer before.
 
         Raises:
             CorruptCheckpointError: The file ends before the last buffer is full.
             CheckpointReadError: The operating system failed, also when asked again.
         """
         try:
-            _fill(self._descriptor, list(buffers), offset)
+            _fill(self._descriptor, buffers, offset, pitch_bytes)
         except OSError:
-            self._fill_again(buffers, offset, tensor)
+            self._fill_again(buffers, offset, tensor, pitch_bytes)
 
-    def _fill_again(self, buffers: Sequence[Any], offset: int, tensor: str | None) -> None:
+    def _fill_again(self, buffers: Sequence[Any], offset: int, tensor: str | None, pitch_bytes: int) -> None:
         expected = f"{sum(map(len, buffers))} bytes at position {offset}"
         try:
             for attempt in _attempts():
                 with attempt:
                     fresh = os.open(self.path, _FLAGS)
                     try:
-                        _fill(fresh, list(buffers), offset)
+                        _fill(fresh, buffers, offset, pitch_bytes)
                     finally:
                         os.close(fresh)
         except _EndOfFileError as error:
@@ -150,7 +151,18 @@ def _attempts(*, but: tuple[type[OSError], ...] = ()) -> tenacity.Retrying:
     )
 
 
-def _fill(descriptor: int, buffers: list[Any], offset: int) -> None:
+def _fill(descriptor: int, buffers: Sequence[Any], offset: int, pitch_bytes: int) -> None:
+    """Fill buffers from one run of bytes, or each from a run of its own."""
+    if not pitch_bytes:
+        _fill_run(descriptor, list(buffers), offset)
+        return
+    for number, buffer in enumerate(buffers):
+        at = offset + number * pitch_bytes
+        if os.preadv(descriptor, [buffer], at) != len(buffer):
+            _fill_run(descriptor, [buffer], at)
+
+
+def _fill_run(descriptor: int, buffers: list[Any], offset: int) -> None:
     """``preadv`` until every buffer is full."""
     first = 0
     while first < len(buffers):

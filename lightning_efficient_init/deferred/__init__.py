@@ -3,28 +3,53 @@
 from __future__ import annotations
 
 from lightning_efficient_init.deferred.audit import UninitializedParameterWarning, uninitialized_parameters, watch
+from lightning_efficient_init.deferred.distribute import distribute, fill_own, initialize_required, keep_recipes
 from lightning_efficient_init.deferred.materialize import (
     allocate,
+    claim,
     forget,
     has_recipe,
     initialize,
     is_deferred,
+    is_postponed,
     materialize,
+    reseed,
+    seeds,
+    settle,
 )
 from lightning_efficient_init.deferred.parameter import undisturbed
-from lightning_efficient_init.deferred.record import deferred_init, eager, empty_init
+from lightning_efficient_init.deferred.record import (
+    deferred_init,
+    eager,
+    empty_init,
+    layerwise_init,
+    postponed_init,
+    recording,
+)
 
 __all__ = [
     "UninitializedParameterWarning",
     "allocate",
+    "claim",
     "deferred_init",
+    "distribute",
     "eager",
     "empty_init",
+    "fill_own",
     "forget",
     "has_recipe",
     "initialize",
+    "initialize_required",
     "is_deferred",
+    "is_postponed",
+    "keep_recipes",
+    "layerwise_init",
     "materialize",
+    "postponed_init",
+    "recording",
+    "reseed",
+    "seeds",
+    "settle",
     "undisturbed",
     "uninitialized_parameters",
     "watch",

@@ -18,6 +18,7 @@ from lightning_efficient_init.deferred import parameter
 from lightning_efficient_init.deferred.recipe import Recipe, Ref, recipe_of
 from lightning_efficient_init.deferred.replay import evaluate
 from lightning_efficient_init.errors import shorten
+from lightning_efficient_init.sharding import part_of
 
 _RECIPE = "_efficient_init_empty"
 _PROBES = 4
@@ -45,22 +46,26 @@ class _Kept:
 
 def allocate(groups: dict[Recipe, list[torch.Tensor]]) -> None:
     """Give deferred tensors, by recipe, memory with a canary, or values if they were loaded or cannot hold one."""
-    valued = [r for r, tensors in groups.items() if r.is_loaded or not all(_can_be_empty(t) for t in tensors)]
-    memory = evaluate(valued)
-    empty: list[torch.Tensor] = []
-    for recipe, tensors in groups.items():
-        storage = memory.get(recipe)
-        if storage is None:
-            storage = torch.UntypedStorage(recipe.num_bytes, device=recipe.device)
-            refs = [Ref.to(tensor, recipe) for tensor in tensors]
-            parameter.give_memory(tensors, storage)
-            for tensor, ref in zip(tensors, refs, strict=True):
-                tensor.__dict__[_RECIPE] = _Kept(ref)
-            empty += tensors[:1]
-        else:
-            parameter.give_memory(tensors, storage)
-    for probes, canary in _batches(_by_kind(empty)):
+    valued = {r for r, tensors in groups.items() if r.is_loaded or not all(_can_be_empty(t) for t in tensors)}
+    evaluate(valued, deliver=lambda recipe, storage: parameter.give_memory(groups[recipe], storage))
+    empty = [t for recipe in groups if recipe not in valued for t in _allocate_empty(recipe, groups[recipe])]
+    for probes, canary in _batches(_by_kind(map(_memory, empty))):
         torch._foreach_copy_(probes, [canary] * len(probes))
+
+
+def _allocate_empty(recipe: Recipe, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Give memory, and keep the recipe at hand; returns who is to carry the canary."""
+    if recipe.form is not None:
+        tensors = [t for t in tensors if isinstance(t, torch.nn.Parameter)]
+    refs = [Ref.to(tensor, recipe) for tensor in tensors]
+    if recipe.form is None:
+        parameter.give_memory(tensors, torch.UntypedStorage(recipe.num_bytes, device=recipe.device))
+    else:
+        for tensor in tensors:
+            recipe.form.allocate(tensor, recipe.device)
+    for tensor, ref in zip(tensors, refs, strict=True):
+        tensor.__dict__[_RECIPE] = _Kept(ref)
+    return tensors[:1]
 
 
 def recipe_of_empty(tensor: torch.Tensor) -> Recipe | None:
@@ -74,10 +79,35 @@ def forget(tensor: torch.Tensor) -> None:
     tensor.__dict__.pop(_RECIPE, None)
 
 
-def fill(tensor: torch.Tensor, recipe: Recipe, storage: torch.UntypedStorage) -> None:
-    """Write the values that ``storage``, the memory of ``recipe``, has for ``tensor``."""
-    kept: _Kept = tensor.__dict__.pop(_RECIPE)
-    tensor.detach().copy_(kept.ref.on(storage))
+def keep(tensor: torch.Tensor, ref: Ref) -> bool:
+    """Note that the memory of ``tensor``, or of this rank's part of it, is empty, if it can hold a canary."""
+    memory = _memory(tensor)
+    if memory.dtype not in _FLOATS or not memory.is_contiguous():
+        return False
+    tensor.__dict__[_RECIPE] = _Kept(ref)
+    if memory.numel():
+        for probes, canary in _batches(_by_kind([memory.detach()])):
+            torch._foreach_copy_(probes, [canary])
+    return True
+
+
+def window_of(tensor: torch.Tensor) -> Ref:
+    """What the recipe of an allocated tensor has for it."""
+    kept: _Kept = tensor.__dict__[_RECIPE]
+    return kept.ref
+
+
+def fill(tensor: torch.Tensor, whole: torch.Tensor) -> None:
+    """Write the values of an allocated tensor, or of this rank's part of it."""
+    form = window_of(tensor).recipe.form
+    forget(tensor)
+    part = part_of(tensor)
+    if form is not None:
+        form.write(tensor, whole)
+    elif part is None:
+        tensor.detach().copy_(whole)
+    else:
+        part.memory.copy_(part.take(whole))
 
 
 def uninitialized_parameters(model: torch.nn.Module) -> list[str]:
@@ -94,7 +124,9 @@ def _unwritten(model: torch.nn.Module) -> tuple[list[str], list[str]]:
         named = dict(model.named_parameters())
         deferred = {name for name, p in named.items() if p.is_meta and recipe_of(p) is not None}
         names = [name for name, p in named.items() if p.__dict__.get(_RECIPE) is not None and not p.is_meta]
-        intact = dict(zip(names, _intact([named[name] for name in names]), strict=True))
+        memory = {name: _memory(named[name]) for name in names}
+        names = [name for name in names if memory[name].numel()]  # not what this rank has no part of
+        intact = dict(zip(names, _intact([memory[name] for name in names]), strict=True))
     whole = [name for name in named if name in deferred or intact.get(name, 0) == 1]
     return whole, [name for name in named if 0 < intact.get(name, 0) < 1]
 
@@ -125,8 +157,9 @@ def watch(model: torch.nn.Module) -> None:
         audit(saving=module)
 
     for module in model.modules():
-        forward_hooks.append(module.register_forward_pre_hook(audit))
-        saving_hooks[module] = module.register_state_dict_pre_hook(audit_before_saving)
+        forward_hooks.append(module.register_forward_pre_hook(audit, prepend=True))  # before FSDP's
+        saving_hooks[module] = handle = module.register_state_dict_pre_hook(audit_before_saving)
+        module._state_dict_pre_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]  # before FSDP's
 
 
 def _is_pending(param: torch.Tensor) -> bool:
@@ -154,6 +187,15 @@ def _audit(model: torch.nn.Module) -> None:
         )
     if messages:
         warnings.warn(" ".join(messages), UninitializedParameterWarning, stacklevel=4)
+
+
+def _memory(tensor: torch.Tensor) -> torch.Tensor:
+    """What there is of an allocated tensor in the memory of this rank, in whichever form."""
+    recipe = recipe_of_empty(tensor)
+    if recipe is not None and recipe.form is not None:
+        return recipe.form.marked(tensor)
+    part = part_of(tensor)
+    return tensor if part is None else part.memory
 
 
 def _can_be_empty(tensor: torch.Tensor) -> bool:

@@ -92,7 +92,7 @@ class Dispatch(TorchDispatchMode):
         """``empty``, ``randn`` and ``rand``: nothing to run yet."""
         generator = kwargs.get("generator")
         device = indexed(kwargs.get("device") or CPU)
-        if generator is not None and generator.device != device:
+        if generator is not None and indexed(generator.device) != device:
             return traits.func(*args, **kwargs)  # type: ignore[no-any-return]  # raises, as in eager construction
         out = _shape_of(traits, args, kwargs)
         if not out.numel() or not (out.is_floating_point() or out.is_complex()):

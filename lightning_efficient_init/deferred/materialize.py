@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 
-from lightning_efficient_init.deferred import audit, parameter, recurrent
+from lightning_efficient_init.deferred import audit, parameter, recurrent, streams
 from lightning_efficient_init.deferred.active import current
 from lightning_efficient_init.deferred.arguments import indexed
-from lightning_efficient_init.deferred.recipe import Recipe, recipe_of
+from lightning_efficient_init.deferred.recipe import Op, Recipe, operations_for, recipe_of
 from lightning_efficient_init.deferred.replay import evaluate
+from lightning_efficient_init.deferred.sharded import evaluate_each
 from lightning_efficient_init.errors import DeferredParameterError, shorten
 
 
@@ -25,6 +27,16 @@ def is_deferred(module_or_tensor: torch.nn.Module | torch.Tensor) -> bool:
 def has_recipe(tensor: torch.Tensor) -> bool:
     """Whether ``tensor`` can still be initialized: it is deferred, or it is empty and nobody forgot its recipe."""
     return is_deferred(tensor) or audit.recipe_of_empty(tensor) is not None
+
+
+def is_postponed(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` is deferred until a strategy has sharded its module."""
+    with torch._C.DisableTorchFunction():
+        recipe = recipe_of(tensor) if tensor.is_meta else None
+    if recipe is None:
+        return False
+    recorder = current()
+    return recipe.is_postponed or (recorder is not None and recorder.is_postponed)
 
 
 def materialize(
@@ -50,8 +62,36 @@ def materialize(
     """
     target = None if device is None else indexed(device)
     with parameter.undisturbed():
-        groups = _deferred_groups(module)
         layers = recurrent.scattered(module.modules())
+        _check_unclaimed(module)
+        materialize_deferred(module, target, dtype)
+        initialize(module)  # what `allocate` gave memory, and nobody has written
+        _move(module, target, dtype)
+        recurrent.flatten(layers)
+    return module
+
+
+def materialize_deferred(
+    module: torch.nn.Module, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """`materialize`, for what is deferred alone: nothing else is initialized, moved or cast."""
+    materialize_tensors(_tensors_of(module), device, dtype)
+    _check_complete(module)
+
+
+def give_bare_memory(tensors: Iterable[torch.Tensor], device: torch.device) -> None:
+    """Give deferred tensors, and all that shares their memory, memory without values or a way to tell."""
+    with parameter.undisturbed():
+        for recipe, sharing in _groups(tensors).items():
+            parameter.give_memory(sharing, torch.UntypedStorage(recipe.num_bytes, device=device))
+
+
+def materialize_tensors(
+    tensors: Iterable[torch.Tensor], device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """`materialize`, for those of ``tensors`` that are deferred, and all that shares their memory."""
+    with parameter.undisturbed():
+        groups = _groups(tensors)
 
         def deliver(recipe: Recipe, storage: torch.UntypedStorage) -> None:
             tensors = groups[recipe]
@@ -59,12 +99,7 @@ def materialize(
             if dtype is not None and all(_is_cast(tensor, dtype) for tensor in tensors):
                 parameter.cast(tensors, dtype)
 
-        evaluate(groups, device=target, deliver=deliver)
-        _check_complete(module)
-        initialize(module)  # what `allocate` gave memory, and nobody has written
-        _move(module, target, dtype)
-        recurrent.flatten(layers)
-    return module
+        evaluate(groups, device=device, deliver=deliver)
 
 
 def allocate(module: torch.nn.Module, *, tensors: Iterable[torch.Tensor] | None = None) -> None:
@@ -97,15 +132,36 @@ def initialize(model: torch.nn.Module, names: Iterable[str] | None = None) -> li
         params = {name: known[name] for name in chosen}
         layers = recurrent.scattered(model.modules())
         deferred = _groups(params.values())
-        empty = {name: recipe for name, p in params.items() if (recipe := audit.recipe_of_empty(p)) is not None}
-        done = [name for name, p in params.items() if name in empty or is_deferred(p)]
-        memory = evaluate([*deferred, *empty.values()])
-        for recipe, tensors in deferred.items():
-            parameter.give_memory(tensors, memory[recipe])
-        for name, recipe in empty.items():
-            audit.fill(params[name], recipe, memory[recipe])
+        empty = [p for p in params.values() if audit.recipe_of_empty(p) is not None]
+        done = [name for name, p in params.items() if has_recipe(p)]
+        evaluate(deferred, deliver=lambda recipe, storage: parameter.give_memory(deferred[recipe], storage))
+        evaluate_each((audit.window_of(p), partial(audit.fill, p)) for p in {id(p): p for p in empty}.values())
         recurrent.flatten(layers)
     return done
+
+
+def seeds(model: torch.nn.Module) -> list[torch.Tensor]:
+    """States of the generators from which the recipes that are left in ``model`` draw, in order."""
+    return [stream.states[0] for stream in streams.sources(_operations_left(model))]
+
+
+def reseed(model: torch.nn.Module, states: Sequence[torch.Tensor]) -> None:
+    """Let the recipes that are left in ``model`` draw from other states: those `seeds` gave for an equal model."""
+    streams.restart(_operations_left(model), states)
+
+
+def _operations_left(model: torch.nn.Module) -> list[Op]:
+    with parameter.undisturbed():
+        found = [recipe_of(p) if p.is_meta else audit.recipe_of_empty(p) for p in model.parameters()]
+        return operations_for(recipe for recipe in found if recipe is not None)
+
+
+def settle(module: torch.nn.Module) -> None:
+    """Do to ``module`` now what waits for the recording to end, if one is under way: it is about to be loaded."""
+    recorder = current()
+    if recorder is not None:
+        with parameter.undisturbed():
+            recorder.settle(module)
 
 
 def forget(tensors: Iterable[torch.Tensor]) -> None:
@@ -133,10 +189,6 @@ def _aliases_being_recorded(recipe: Recipe) -> list[torch.Tensor]:
     return recorder.aliases(recipe) if recorder is not None else []
 
 
-def _deferred_groups(module: torch.nn.Module) -> dict[Recipe, list[torch.Tensor]]:
-    return _groups(_tensors_of(module))
-
-
 def _tensors_of(module: torch.nn.Module) -> Iterator[torch.Tensor]:
     """Parameters, buffers, and tensors that are plain attributes."""
     for child in module.modules():
@@ -152,6 +204,25 @@ def _check_complete(module: torch.nn.Module) -> None:
             "Parameters made under `torch.device('meta')`, or copied from deferred ones by other means than "
             "`copy.deepcopy`, have none: build the module under `deferred_init`."
         )
+
+
+def _check_unclaimed(module: torch.nn.Module) -> None:
+    recipes = {name: recipe_of(p) for name, p in module.named_parameters() if p.is_meta}
+    claimed = {name: recipe.claimed_by for name, recipe in recipes.items() if recipe is not None and recipe.claimed_by}
+    if claimed:
+        raise DeferredParameterError(
+            f"{shorten(claimed)}: {next(iter(claimed.values()))} has been loaded into it, and will be read when the "
+            "strategy sets the module up. Set it up (fabric.setup, or trainer.fit) instead of materializing it."
+        )
+
+
+def claim(tensors: Iterable[torch.Tensor], path: str) -> None:
+    """Note that a checkpoint will provide the values of deferred tensors, once they have been sharded."""
+    with torch._C.DisableTorchFunction():
+        for tensor in tensors:
+            recipe = recipe_of(tensor) if tensor.is_meta else None
+            if recipe is not None:
+                recipe.claimed_by = path
 
 
 def _is_cast(tensor: torch.Tensor, dtype: torch.dtype) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from lightning_efficient_init.deferred import recurrent
 from lightning_efficient_init.deferred.active import current
 from lightning_efficient_init.deferred.recipe import Op, Recipe, Ref, attach, recipe_of
 from lightning_efficient_init.deferred.replay import evaluate
@@ -45,13 +46,17 @@ def undisturbed() -> Iterator[None]:
 
 
 def give_memory(tensors: Iterable[torch.Tensor], storage: torch.UntypedStorage) -> None:
-    """Put deferred tensors that share memory on the real ``storage``."""
+    """Put deferred tensors that share memory on the real ``storage``, or in their form if they have one."""
     with torch._C.DisableTorchFunction(), torch.no_grad():
         for tensor in tensors:
             recipe = recipe_of(tensor)
             assert recipe is not None
-            unguard(tensor)
-            exchange(tensor, Ref.to(tensor, recipe).on(storage))
+            values = Ref.to(tensor, recipe).on(storage)
+            if recipe.form is None:
+                unguard(tensor)
+                exchange(tensor, values)
+            elif isinstance(tensor, torch.nn.Parameter):  # what else shared its memory stays deferred
+                recipe.form.write(tensor, values)
 
 
 def guard(tensor: torch.Tensor) -> None:
@@ -104,6 +109,10 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
         data = _derived(tensor, torch.ops.aten.clone.default, torch.empty_like(tensor.detach()), {})
         made: torch.Tensor = torch.Tensor._make_subclass(bare, data, tensor.requires_grad)
     made.__dict__.update(tensor.__dict__)
+    original, copied = recipe_of(tensor), recipe_of(made)
+    assert original is not None
+    assert copied is not None
+    copied.form = original.form
     guard(made)
     return made
 
@@ -143,7 +152,7 @@ def _guard_results(value: Any) -> None:
     if isinstance(value, torch.Tensor):
         if value.is_meta and recipe_of(value) is not None:
             guard(value)
-        elif value.is_meta and type(value) is torch.Tensor and not value.dim():
+        elif value.is_meta and type(value) is torch.Tensor:
             value.__class__ = _Unknown
     elif isinstance(value, tuple | list):
         for item in value:
@@ -151,7 +160,7 @@ def _guard_results(value: Any) -> None:
 
 
 class _Unknown(torch.Tensor):
-    """A number computed from a deferred parameter, such as its norm: nobody can read it."""
+    """What was computed from a deferred parameter, such as its norm: nobody can read it."""
 
     @classmethod
     def __torch_function__(
@@ -159,7 +168,7 @@ class _Unknown(torch.Tensor):
     ) -> Any:
         if func in _READS:
             raise DeferredParameterError(
-                f"{getattr(func, '__name__', func)}: the number was computed from a deferred parameter, which has no "
+                f"{getattr(func, '__name__', func)}: this was computed from a deferred parameter, which has no "
                 "values yet. Call `materialize(model)`, or load a checkpoint into the model, before."
             )
         with torch._C.DisableTorchFunctionSubclass():
@@ -206,8 +215,33 @@ def _load(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if source.is_meta:
         return func(*args, **kwargs)
     check_copy(target, source)
+    if write_form(target, source):
+        return target
+    recipe = recipe_of(target)
     bind(target)
-    return func(*args, **kwargs)
+    out = func(*args, **kwargs)
+    if recipe is not None and recipe.layer is not None and (layer := recipe.layer()) is not None:
+        recurrent.flatten([layer])
+    return out
+
+
+def write_form(target: torch.Tensor, source: torch.Tensor) -> bool:
+    """Write values to a deferred parameter that keeps them in a form of its own, if it does."""
+    recipe = recipe_of(target)
+    if recipe is None or recipe.form is None:
+        return False
+    with undisturbed():
+        recipe.form.write(target, source.detach().to(recipe.device))
+    return True
+
+
+def _empty_like(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Memory for something else; but not for the parameter itself, whose recipe would be lost without a word."""
+    if _caller().f_globals.get("__name__") == "torch.nn.modules.module":
+        raise misuse(args[0], "replaced by memory without values (`Module.to_empty`)")
+    out = func(*args, **kwargs)
+    _guard_results(out)
+    return out
 
 
 def _set_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -316,6 +350,7 @@ _HANDLERS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
     _T.device.__get__: _get_device,
     _T.is_meta.__get__: _get_is_meta,  # type: ignore[attr-defined]
     _T.copy_: _load,
+    torch.empty_like: _empty_like,
     _T.data.__set__: _set_data,  # type: ignore[attr-defined]
     _T.__repr__: _show,
     _T.__format__: _show,

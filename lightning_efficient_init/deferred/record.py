@@ -38,7 +38,7 @@ Decided against
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -121,6 +121,35 @@ def empty_init() -> Iterator[None]:
 
 
 @contextmanager
+def postponed_init(*, is_optional: bool) -> Iterator[None]:
+    """`deferred_init` for a module that is going to be sharded: it gets memory then, and not before.
+
+    Args:
+        is_optional: Whether its initializers are to run only if nothing else provides values.
+    """
+    nested = current() is not None
+    with recording() as recorder:
+        recorder.is_postponed |= not nested
+        yield
+    if not nested:
+        recorder.postpone(is_optional=is_optional)
+
+
+@contextmanager
+def layerwise_init() -> Iterator[None]:
+    """`deferred_init`, after which parameters get memory and values, each when its turn comes.
+
+    Values are those of eager construction. What differs is memory: a parameter that keeps its values in another form
+    (quantized, say) exists as a plain tensor only while it is its turn.
+    """
+    nested = current() is not None
+    with recording() as recorder:
+        yield
+    if not nested:
+        recorder.materialize()
+
+
+@contextmanager
 def eager() -> Iterator[None]:
     """Run what is inside for real, parameters too, in the midst of `deferred_init`.
 
@@ -142,12 +171,17 @@ class Recorder:
         paused: New tensors and parameters are real for now.
         tape: Writes operations down.
         recurrent: Recurrent layers that wanted their weights in one piece.
+        is_postponed: What is recorded is going to be sharded before it gets memory.
+        at_end: Called when the recording ends, before anything gets memory, with None; and before a model is loaded
+            in its midst, with that model.
     """
 
     def __init__(self) -> None:
         self.paused = False
+        self.is_postponed = False
         self.tape = Tape()
         self.recurrent: list[weakref.ref[torch.nn.RNNBase]] = []
+        self.at_end: list[Callable[[torch.nn.Module | None], None]] = []
         self._parameters: dict[int, weakref.ref[torch.Tensor]] = {}
         self._tensors: dict[int, weakref.ref[torch.Tensor]] = {}
         self._sharing: dict[int, dict[int, weakref.ref[torch.Tensor]]] = {}  # by recipe
@@ -177,6 +211,7 @@ class Recorder:
     @parameter.undisturbed()
     def finish(self) -> None:
         """Make real what has to be, and guard what stays deferred."""
+        self.settle()
         self._refresh_twins()
         shared = self._parameter_recipes()
         groups = self._living_by_recipe()
@@ -188,6 +223,7 @@ class Recorder:
                 recipe.aliases = [weakref.ref(t) for t in tensors]
             for tensor in tensors:
                 parameter.guard(tensor)
+        recurrent.remember(self._scattered_layers())
         self._tensors.clear()
         self._sharing.clear()
 
@@ -203,14 +239,41 @@ class Recorder:
     @parameter.undisturbed()
     def allocate(self) -> None:
         """Give memory to the parameters that were recorded here, are alive, and are deferred."""
+        with self._flattening():
+            audit.allocate(self._waiting())
+
+    @parameter.undisturbed()
+    def materialize(self) -> None:
+        """Give those parameters memory and values, each as soon as no other one needs it to stay as it is."""
+        groups = self._waiting()
+        with self._flattening():
+            evaluate(groups, deliver=lambda recipe, storage: parameter.give_memory(groups[recipe], storage))
+
+    def settle(self, model: torch.nn.Module | None = None) -> None:
+        """Do to ``model``, or to all, what was to be done before anything gets memory."""
+        for call in self.at_end:
+            call(model)
+
+    def _waiting(self) -> dict[Recipe, list[torch.Tensor]]:
+        """Tensors that share the memory of a living deferred parameter, by recipe."""
         groups: dict[Recipe, list[torch.Tensor]] = {}
         for param in _living(self._parameters.values()):
             recipe = recipe_of(param) if param.is_meta else None
             if recipe is not None:
                 groups[recipe] = _living(recipe.aliases) or [param]
-        layers = recurrent.scattered({id(layer): layer for layer in _living(self.recurrent)}.values())
-        audit.allocate(groups)
+        return groups
+
+    @contextmanager
+    def _flattening(self) -> Iterator[None]:
+        layers = self._scattered_layers()
+        yield
         recurrent.flatten(layers)
+
+    @parameter.undisturbed()
+    def postpone(self, *, is_optional: bool) -> None:
+        """Let the parameters that were recorded here wait for a strategy to shard them."""
+        for recipe in self._parameter_recipes():
+            recipe.is_postponed, recipe.is_optional = True, is_optional
 
     # -- keeping track
 
@@ -244,6 +307,9 @@ class Recorder:
         recipe = recipe_of(tensor)
         assert recipe is not None
         parameter.give_memory(self.aliases(recipe), parameter.memory_for(tensor, recipe, is_overwritten=is_overwritten))
+
+    def _scattered_layers(self) -> list[torch.nn.RNNBase]:
+        return recurrent.scattered({id(layer): layer for layer in _living(self.recurrent)}.values())
 
     def _living_by_recipe(self) -> dict[Recipe, list[torch.Tensor]]:
         groups: dict[Recipe, list[torch.Tensor]] = {}

@@ -7,6 +7,7 @@ values are the same either way; without it cuDNN copies the weights at each forw
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -28,6 +29,14 @@ def scattered(modules: Iterable[torch.nn.Module]) -> list[torch.nn.RNNBase]:
     layers = [module for module in modules if isinstance(module, torch.nn.RNNBase)]
     with torch._C.DisableTorchFunction():
         return [layer for layer in layers if _is_scattered(_recipes(layer))]
+
+
+def remember(layers: Iterable[torch.nn.RNNBase]) -> None:
+    """Let the recipes of layers that are `scattered` know, for weights that come by memory one by one."""
+    for layer in layers:
+        for recipe in _recipes(layer):
+            if recipe is not None:
+                recipe.layer = weakref.ref(layer)
 
 
 def flatten(layers: Iterable[torch.nn.RNNBase]) -> None:

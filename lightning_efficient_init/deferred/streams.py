@@ -17,7 +17,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -314,6 +314,31 @@ def state_at(draw: Draw) -> torch.Tensor:
     return state
 
 
+def sources(ops: Iterable[Op]) -> list[Stream]:
+    """The streams that stand at the beginning of what ``ops`` draw, in order."""
+    found: dict[int, Stream] = {}
+    for op in ops:
+        stream = op.draw.stream if op.draw is not None else None
+        while stream is not None and stream.parent is not None:
+            stream = stream.parent.stream
+        if stream is not None:
+            found[id(stream)] = stream
+    return list(found.values())
+
+
+def restart(ops: Iterable[Op], states: Sequence[torch.Tensor]) -> None:
+    """Let the `sources` of ``ops`` begin with other states of their generators."""
+    ops = list(ops)
+    for op in ops:
+        stream = op.draw.stream if op.draw is not None else None
+        while stream is not None:
+            stream.states.clear()
+            stream._twins.clear()
+            stream = None if stream.parent is None else stream.parent.stream
+    for stream, state in zip(sources(ops), states, strict=True):
+        stream.states[0] = state
+
+
 def run_for_draws(op: Op, generator: torch.Generator) -> None:
     """Run ``op`` on scratch, for what it does to ``generator``, which stands where it has to."""
     from lightning_efficient_init.deferred.replay import Replay  # noqa: PLC0415 (replay stands on streams)
@@ -327,14 +352,12 @@ def num_draws(op: Op) -> int | None:
     if not (traits.is_uniform or traits.is_normal):
         return None
     window = _window(op)
-    if window is None or not _known_cost(traits.is_normal, window.dtype):
+    if window is None:
         return None
-    width = 1 if window.dtype in _SINGLE_DRAW else 2
-    if traits.is_uniform:
-        return window.numel * width
-    if window.numel < 16 or not window.is_contiguous:
+    if traits.is_normal and (window.numel < _NORMAL_BLOCK or not window.is_contiguous):
         return None  # the scalar path keeps every second sample for later
-    return (window.numel + (16 if window.numel % 16 else 0)) * width
+    rule = _rule(traits.is_normal, window.dtype)
+    return None if rule is None else rule(window.numel)
 
 
 def _window(op: Op) -> Ref | None:
@@ -344,17 +367,43 @@ def _window(op: Op) -> Ref | None:
     return op.args[0] if op.args and isinstance(op.args[0], Ref) else None
 
 
+# Normal samples are made from blocks of 16 uniform ones (aten/src/ATen/native/cpu/DistributionTemplates.h,
+# `normal_fill`). For a rest the last 16 are drawn anew; in half precision newer versions fill the block.
+_NORMAL_BLOCK = 16
+
+
+def _one_each(numel: int) -> int:
+    return numel
+
+
+def _last_block_again(numel: int) -> int:
+    return numel + (_NORMAL_BLOCK if numel % _NORMAL_BLOCK else 0)
+
+
+def _whole_blocks(numel: int) -> int:
+    return -(-numel // _NORMAL_BLOCK) * _NORMAL_BLOCK
+
+
+def _twice(rule: Callable[[int], int]) -> Callable[[int], int]:
+    return lambda numel: 2 * rule(numel)
+
+
 @cache
-def _known_cost(normal: bool, dtype: torch.dtype) -> bool:
-    """Trust the arithmetic of `num_draws` only where this build of PyTorch agrees with it."""
+def _rule(normal: bool, dtype: torch.dtype) -> Callable[[int], int] | None:
+    """Number of elements to number of draws, as this build of PyTorch is seen to do it; None if by no known rule."""
     if dtype not in (*_SINGLE_DRAW, torch.float64):
-        return False
-    width = 1 if dtype in _SINGLE_DRAW else 2
+        return None
+    candidates = (_last_block_again, _whole_blocks) if normal else (_one_each,)
+    rules = [rule if dtype in _SINGLE_DRAW else _twice(rule) for rule in candidates]
+    return next((rule for rule in rules if _agrees_on_cpu(rule, normal, dtype)), None)
+
+
+def _agrees_on_cpu(rule: Callable[[int], int], normal: bool, dtype: torch.dtype) -> bool:
     generator, expected = torch.Generator("cpu").manual_seed(1), torch.Generator("cpu").manual_seed(1)
     for numel in (35, 48):
         scratch = torch.empty(numel, dtype=dtype, device="cpu")
         scratch.normal_(generator=generator) if normal else scratch.uniform_(generator=generator)
-        mersenne.advance(expected, (numel + (16 if normal and numel % 16 else 0)) * width)
+        mersenne.advance(expected, rule(numel))
     return torch.equal(generator.get_state(), expected.get_state())
 
 

@@ -78,6 +78,7 @@ class Tape:
     def write_factory(self, op: Op, out: torch.Tensor, *, is_random: bool) -> None:
         """A new deferred tensor."""
         recipe = self.new_recipe(out, op.device)
+        _fix_dtype(op, out)
         if is_random:
             op.outs, op.writes = (Ref.to(out, recipe),), (recipe,)
             self.draw(op)
@@ -145,6 +146,8 @@ class Tape:
             return
         inputs = {t.untyped_storage()._cdata for t in tensors_in(args, kwargs)}
         fresh = [t for t in outs if is_strided(t) and t.untyped_storage()._cdata not in inputs]
+        if fresh and not inputs:
+            _fix_dtype(op, fresh[0])
         if written or fresh:
             op.reads, op.device = reads, next((t.device for t in (*fresh, *written)), CPU)
             op.is_load = reads_outside(args)
@@ -199,6 +202,13 @@ def template(
     op_args = tuple(refer(arg) for arg in args)
     op_kwargs = {name: refer(arg) for name, arg in kwargs.items()}
     return op_args, op_kwargs, tuple(reads) if sound else None
+
+
+def _fix_dtype(op: Op, out: torch.Tensor) -> None:
+    """Write down the dtype that a factory took from the default, which may be another one at replay."""
+    names = (argument.name for argument in op.func._schema.arguments)  # type: ignore[attr-defined]
+    if op.kwargs.get("dtype") is None and "dtype" in names:
+        op.kwargs = {**op.kwargs, "dtype": out.dtype}
 
 
 def as_list(value: Any) -> list[Any]:

@@ -15,7 +15,7 @@ def refusal(operation: str, reason: str) -> UnrecordableError:
     """The error for what cannot be recorded."""
     return UnrecordableError(
         f"{_path_being_built()}: {operation} cannot be recorded: {reason}. "
-        "Build this part for real with `with lightning_efficient_init.deferred.eager(): ...`."
+        "Build this part for real with `with lightning_efficient_init.eager(): ...`."
     )
 
 

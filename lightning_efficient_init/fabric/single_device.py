@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 from lightning.fabric.accelerators import Accelerator
-from lightning.fabric.plugins import CheckpointIO, Precision, TorchCheckpointIO
+from lightning.fabric.plugins import CheckpointIO, Precision
 from lightning.fabric.strategies import SingleDeviceStrategy
-from lightning.fabric.strategies.strategy import _validate_keys_for_strict_loading
-from lightning.fabric.utilities.types import _PATH, _Stateful
-from torch.nn import Module
-from torch.optim import Optimizer
 
-from lightning_efficient_init.checkpoint import CheckpointTree, index_tree, lazy_tree
-from lightning_efficient_init.deferred import watch
-from lightning_efficient_init.init_context import init_context
-from lightning_efficient_init.lightning_checkpoint import is_streamable
-from lightning_efficient_init.load.load import run_plan
-from lightning_efficient_init.load.pipeline import Settings
-from lightning_efficient_init.load.plan import plan_part
-from lightning_efficient_init.load.tree import read_tree
+from lightning_efficient_init.fabric.streaming import StreamsCheckpoints
 from lightning_efficient_init.single_device import FollowsAcceleratorDevice
 
 
-class EfficientSingleDeviceStrategy(FollowsAcceleratorDevice, SingleDeviceStrategy):
+class EfficientSingleDeviceStrategy(FollowsAcceleratorDevice, StreamsCheckpoints, SingleDeviceStrategy):
     """One device, as ``Fabric(strategy="efficient_init")``: models are built in place and checkpoints stream.
 
     ``fabric.load_raw`` and ``fabric.load`` read every format that ``load_checkpoint`` does. What is not asked for, an
@@ -53,70 +38,3 @@ class EfficientSingleDeviceStrategy(FollowsAcceleratorDevice, SingleDeviceStrate
             precision=precision,
         )
         self._is_device_chosen = device is not None
-
-    @contextmanager
-    def module_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
-        """Construct modules on the device, in the precision, empty if asked for; checkpoints stream into them."""
-        with super().module_init_context(empty_init=empty_init), init_context(empty=bool(empty_init)):
-            yield
-
-    def setup_module(self, module: Module) -> Module:
-        """Watch for parameters that nobody has written by the time the module is first used."""
-        watch(module)
-        return super().setup_module(module)
-
-    def load_checkpoint(
-        self,
-        path: _PATH,
-        state: Module | Optimizer | dict[str, Any] | None = None,
-        strict: bool = True,
-        weights_only: bool | None = None,
-    ) -> dict[str, Any]:
-        """Restore ``state`` in place from a checkpoint.
-
-        Args:
-            path: A local file or folder in any format; a URL is left to Lightning.
-            state: A module or an optimizer (the file holds its bare state), or a dict of objects to restore. ``None``
-                returns the whole checkpoint, read.
-            strict: Whether a module's names must match exactly, and every key of ``state`` must be there.
-            weights_only: Whether the pickle may only hold tensors and plain containers (the default). ``False`` runs
-                whatever code the file brings along.
-
-        Returns:
-            What was not asked for; its tensors are lazy.
-        """
-        if not is_streamable(path) or type(self.checkpoint_io) is not TorchCheckpointIO:
-            kwargs = {} if weights_only is None else {"weights_only": weights_only}
-            return super().load_checkpoint(path, state, strict, **kwargs)
-        found = index_tree(path, weights_only=weights_only is not False)
-        if isinstance(state, Module):
-            _load_modules([(state, found, None)], strict)
-            return {}
-        if isinstance(state, Optimizer):
-            state.load_state_dict(read_tree(found.tree, self.root_device))
-            return {}
-        if not state:
-            return read_tree(found.tree, torch.device("cpu"))  # type: ignore[no-any-return]
-        return self._load_state(state, found, strict)
-
-    def _load_state(self, state: dict[str, Any], found: CheckpointTree, strict: bool) -> dict[str, Any]:
-        tree: Mapping[str, Any] = found.tree
-        _validate_keys_for_strict_loading(state.keys(), tree.keys(), strict=strict)
-        asked = {name: obj for name, obj in state.items() if name in tree}
-        _load_modules([(obj, found, name) for name, obj in asked.items() if isinstance(obj, Module)], strict)
-        for name, obj in asked.items():
-            if isinstance(obj, Module):
-                continue
-            value = read_tree(tree[name], self.root_device if isinstance(obj, _Stateful) else torch.device("cpu"))
-            if isinstance(obj, _Stateful):
-                obj.load_state_dict(value)
-            else:
-                state[name] = value
-        return {name: lazy_tree(value, torch.device("cpu")) for name, value in tree.items() if name not in asked}
-
-
-def _load_modules(wanted: Sequence[tuple[Module, CheckpointTree, str | None]], strict: bool) -> None:
-    """Plan all modules first: nothing changes unless everything fits."""
-    plans = [plan_part(module, found, key, strict=strict) for module, found, key in wanted]
-    for plan in plans:
-        run_plan(plan, Settings())

@@ -21,10 +21,17 @@ from torch.nn import Module
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from lightning_efficient_init.checkpoint import Entry, LazyTensor, map_leaves, read_entry
+from lightning_efficient_init.deferred import settle
 from lightning_efficient_init.load import own_code
+from lightning_efficient_init.load.keys import strip_wrappers
+from lightning_efficient_init.quantize import QuantizedLayer, QuantizedParameter
+from lightning_efficient_init.quantize.state import adopt, find, full_shape
+from lightning_efficient_init.sharding import FLAT_NAME, stand_ins
 from lightning_efficient_init.sinks import shape_of
 
 Shape = tuple[int, ...]
+
+_WRAPPED_AS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 @dataclass(slots=True)
@@ -71,8 +78,10 @@ class StateTree:
     tensors: dict[str, torch.Tensor]
 
     @classmethod
-    def of(cls, module: Module) -> StateTree:
-        """Walk through ``module``."""
+    def of(cls, module: Module, *, settled: bool = False) -> StateTree:
+        """Walk through ``module``; when what was put off until its tensors are written is done, if ``settled``."""
+        if settled:
+            settle(module)
         modules = list(_walk(module))
         return cls(modules, _tensors_of(modules))
 
@@ -86,10 +95,14 @@ def bind(module: Module, state: Mapping[str, Any], metadata: Any = None, tree: S
         metadata: The ``_metadata`` of the state dict: prefix to a dict with the module's version, among others.
         tree: What the model's state dict is made of, if that is known already.
     """
-    tree = StateTree.of(module) if tree is None else tree
+    tree = StateTree.of(module, settled=True) if tree is None else tree
     binding = Binding(module, tree.tensors)
     standard, special = _split(tree.modules)
     by_name = tree.tensors if len(standard) == len(tree.modules) else _tensors_of(standard)
+    quantized = [prefix for prefix, submodule in standard if isinstance(submodule, QuantizedLayer)]
+    if quantized:
+        weights = {f"{prefix}weight" for prefix in quantized}
+        by_name = {name: tensor for name, tensor in by_name.items() if name not in weights}
     with torch._C.DisableTorchFunction():  # while construction is recorded, every look at a tensor costs
         _bind_by_name(by_name, state, binding)
     used = _bind_special(special, state, metadata if isinstance(metadata, Mapping) else {}, binding)
@@ -126,7 +139,12 @@ def _walk(module: Module) -> Iterator[tuple[str, Module]]:
         prefix, module = waiting.pop()
         yield prefix, module
         if children := module._modules:
-            waiting += [(f"{prefix}{name}.", child) for name, child in reversed(children.items()) if child is not None]
+            waiting += [(_below(prefix, n), child) for n, child in reversed(children.items()) if child is not None]
+
+
+def _below(prefix: str, name: str) -> str:
+    """The prefix of a child's names; wrappers that shard or recompute modules do not count."""
+    return prefix if name in _WRAPPED_AS else f"{prefix}{name}."
 
 
 def _tensors_of(modules: Iterable[tuple[str, Module]]) -> dict[str, torch.Tensor]:
@@ -134,8 +152,10 @@ def _tensors_of(modules: Iterable[tuple[str, Module]]) -> dict[str, torch.Tensor
     tensors: dict[str, torch.Tensor] = {}
     for prefix, module in modules:
         for name, parameter in module._parameters.items():
-            if parameter is not None:
+            if parameter is not None and name != FLAT_NAME:
                 tensors[prefix + name] = parameter
+        for name, tensor in stand_ins(module).items():
+            tensors.setdefault(prefix + name, tensor)
         if buffers := module._buffers:
             transient = module._non_persistent_buffers_set
             tensors |= {prefix + name: b for name, b in buffers.items() if b is not None and name not in transient}
@@ -155,17 +175,17 @@ def _split(modules: Iterable[tuple[str, Module]]) -> tuple[list[tuple[str, Modul
             special.append((prefix, module))
             continue
         standard.append((prefix, module))
-        if type(module).set_extra_state is not Module.set_extra_state:
+        if isinstance(module, QuantizedLayer) or type(module).set_extra_state is not Module.set_extra_state:
             special.append((prefix, module))
     return standard, special
 
 
 def _has_loading_code(module: Module) -> bool:
-    return bool(
-        type(module)._load_from_state_dict is not Module._load_from_state_dict
-        or module._load_state_dict_pre_hooks
-        or module._load_state_dict_post_hooks
-    )
+    cls = type(module)
+    if "_fsdp_wrapped_module" in module._modules:
+        return False  # FSDP's hooks gather parameters for code that does not know their parts
+    is_standard = cls._load_from_state_dict is Module._load_from_state_dict or isinstance(module, QuantizedLayer)
+    return bool(not is_standard or module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks)
 
 
 def _bind_by_name(tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], binding: Binding) -> None:
@@ -196,7 +216,10 @@ def _bind_special(
             own = {"": metadata[prefix[:-1]]} if prefix[:-1] in metadata else {}
             _bind_custom(module, prefix, {key: state[key] for key in found}, {**below, **own}, binding)
             used.update(found)
-        else:
+            continue
+        if isinstance(module, QuantizedLayer):
+            used |= _bind_quantized(module, prefix, state, binding)
+        if type(module).set_extra_state is not Module.set_extra_state:
             used.add(_bind_extra_state(module, prefix + _EXTRA_STATE_KEY_SUFFIX, state, binding))
     return used
 
@@ -218,13 +241,36 @@ def _bind_extra_state(module: Module, name: str, state: Mapping[str, Any], bindi
     return name
 
 
-def _offer(binding: Binding, name: str, tensor: torch.Tensor, value: Any) -> None:
-    """Take ``value`` for ``tensor`` if it fits."""
+def _bind_quantized(layer: QuantizedLayer, prefix: str, state: Mapping[str, Any], binding: Binding) -> set[str]:
+    """Match the weight of a quantized layer: in full, or the parts of one that was quantized before."""
+    weight = layer.weight
+    found = find(layer, state, prefix)
+    binding.tensors[f"{prefix}weight"] = weight
+    binding.missing += found.missing
+    binding.errors += found.errors
+    if found.errors or found.missing:
+        return found.used
+    if not found.is_packed:
+        _offer(binding, f"{prefix}weight", weight, found.sources["weight"], full_shape(layer))
+        return found.used
+    parts = weight.parts() if isinstance(weight, QuantizedParameter) else {}
+    for part, source in found.sources.items():
+        # a deferred weight has no parts yet: they get memory together with it
+        tensor = weight if part == "weight" else parts.get(part, weight)
+        binding.tensors[prefix + part] = tensor
+        kind = binding.entries if isinstance(source, Entry) else binding.values
+        kind[prefix + part] = source
+    binding.calls.append(partial(adopt, layer, found.notes))
+    return found.used
+
+
+def _offer(binding: Binding, name: str, tensor: torch.Tensor, value: Any, shape: Shape | None = None) -> None:
+    """Take ``value`` for ``tensor``, which the checkpoint has in ``shape``, if it fits."""
     source = _entry_or_value(value)
     if not isinstance(source, (Entry, torch.Tensor)):
         binding.errors.append(f"{name}: expected a tensor, found {type(source).__name__}")
         return
-    expected, found = shape_of(tensor), tuple(source.shape)
+    expected, found = shape or shape_of(tensor), tuple(source.shape)
     if not _fits(expected, found):
         binding.mismatched[name] = (expected, found)
     elif _is_expanded(tensor):
@@ -279,7 +325,7 @@ def _bind_custom(module: Module, prefix: str, state: dict[str, Any], metadata: A
             entry for value in state.values() if isinstance(entry := _entry_or_value(value), Entry)
         ]
     binding.calls += answer.calls
-    binding.missing += [prefix + name for name in answer.missing if name not in answer.mismatched]
+    binding.missing += [prefix + strip_wrappers(name) for name in answer.missing if name not in answer.mismatched]
     binding.unexpected += [prefix + name for name in answer.unexpected]
     binding.mismatched.update({prefix + name: shapes for name, shapes in answer.mismatched.items()})
     binding.errors += [f"{prefix[:-1] or type(module).__name__}: {error}" for error in answer.errors]

@@ -4,6 +4,9 @@ Segments are sorted by file and position and merged into runs. A gap of up to a 
 whole pages anyway), so ten thousand small tensors become a handful of reads; bytes that several segments need are in
 one run and are read once. Runs are then cut into reads that fit a buffer. Cuts fall on multiples of a page in the
 file, so that no element that is aligned in the file is torn apart.
+
+A segment of many short runs (a part of each row of a matrix) is not one of thousands of reads: a read may consist of
+rows, which a lane fetches one by one into consecutive memory, and nothing of what is between them.
 """
 
 from __future__ import annotations
@@ -32,12 +35,23 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Read:
-    """A run of bytes in a file, small enough for one buffer, and the pieces in it by position."""
+    """A run of bytes in a file, or rows of bytes, small enough for one buffer, and the pieces in it by position.
+
+    Attributes:
+        file: Path of the file.
+        offset: Position of the first byte.
+        num_bytes: How many bytes are read.
+        pieces: What belongs to which segment.
+        row_bytes: Bytes of each row; 0 for one run.
+        pitch_bytes: From the start of one row to the start of the next.
+    """
 
     file: str
     offset: int
     num_bytes: int
     pieces: list[Piece] = field(default_factory=list)
+    row_bytes: int = 0
+    pitch_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,7 +65,12 @@ class _Run:
 
 def plan_reads(segments: Sequence[Segment], max_read_bytes: int) -> list[Read]:
     """Cut the extents of ``segments`` into reads of at most ``max_read_bytes`` (a multiple of the page size)."""
-    return [read for run in _runs(sorted(segments, key=_BY_POSITION)) for read in _cut(run, max_read_bytes)]
+    ordered = sorted(segments, key=_BY_POSITION)
+    rows = [s for s in ordered if s.row_bytes]
+    runs = [s for s in ordered if not s.row_bytes] if rows else ordered
+    reads = [read for run in _runs(runs) for read in _cut(run, max_read_bytes)]
+    reads += [read for segment in rows for read in _cut_rows(segment, max_read_bytes)]
+    return sorted(reads, key=_BY_POSITION) if rows else reads
 
 
 def num_unique_bytes(entries: Iterable[Entry]) -> int:
@@ -111,3 +130,21 @@ def _split(segment: Segment, num_bytes: int, reads: Sequence[Read]) -> None:
         first = max(segment.offset, read.offset)
         last = min(segment.offset + num_bytes, read.offset + read.num_bytes)
         read.pieces.append(Piece(segment, first - read.offset, first - segment.offset, last - first))
+
+
+def _cut_rows(segment: Segment, max_read_bytes: int) -> Iterator[Read]:
+    """Whole rows, as many to a read as fit; a row that does not fit is cut like any run."""
+    row, pitch, num_rows = segment.row_bytes, segment.pitch_bytes, segment.num_bytes // segment.row_bytes
+    most = max_read_bytes // row
+    if most:
+        for first in range(0, num_rows, most):
+            num_bytes = min(most, num_rows - first) * row
+            piece = Piece(segment, 0, first * row, num_bytes)
+            yield Read(segment.file, segment.offset + first * pitch, num_bytes, [piece], row, pitch)
+        return
+    step = max_read_bytes // segment.dtype.itemsize * segment.dtype.itemsize
+    for number in range(num_rows):
+        for start in range(0, row, step):
+            num_bytes = min(step, row - start)
+            piece = Piece(segment, 0, number * row + start, num_bytes)
+            yield Read(segment.file, segment.offset + number * pitch + start, num_bytes, [piece])

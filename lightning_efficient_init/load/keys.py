@@ -35,11 +35,11 @@ def match_keys(checkpoint_keys: Collection[str], model_keys: Iterable[str], key_
     names = set(model_keys)
     if key_map is None and names.issuperset(checkpoint_keys):
         return {key: key for key in checkpoint_keys}
-    model_names = {_strip_wrappers(name): name for name in names}
+    model_names = {strip_wrappers(name): name for name in names}
     if key_map is not None:
         mapped = _apply(checkpoint_keys, key_map)
         return _unique({key: name if name in names else model_names.get(name, name) for key, name in mapped.items()})
-    plain = {key: _strip_wrappers(key) for key in checkpoint_keys}
+    plain = {key: strip_wrappers(key) for key in checkpoint_keys}
     rename = _prefix_change(set(plain.values()), set(model_names))
     return _unique({key: model_names.get(rename(name), rename(name)) for key, name in plain.items()})
 
@@ -82,7 +82,8 @@ def _unique(mapping: dict[str, str]) -> dict[str, str]:
     return mapping
 
 
-def _strip_wrappers(key: str) -> str:
+def strip_wrappers(key: str) -> str:
+    """A name as it is without ``torch.compile``, FSDP and activation checkpointing around modules."""
     return _WRAPPER_SEGMENTS.sub("", key)
 
 

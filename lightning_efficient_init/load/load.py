@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,11 +17,19 @@ from lightning_efficient_init.errors import CheckpointError, DeferredParameterEr
 from lightning_efficient_init.load.bind import Binding, named_state
 from lightning_efficient_init.load.keys import KeyMap
 from lightning_efficient_init.load.mapping import map_entries
-from lightning_efficient_init.load.order import order_writes
-from lightning_efficient_init.load.pipeline import Settings, transfer
+from lightning_efficient_init.load.order import Pair, order_writes
+from lightning_efficient_init.load.pipeline import Batch, Settings, Transfer
 from lightning_efficient_init.load.plan import LoadPlan, plan_load
+from lightning_efficient_init.load.postponed import must_wait, postpone
+from lightning_efficient_init.load.replicas import Replicas, agreed, replicas_of
 from lightning_efficient_init.load.report import LoadReport, Meter
-from lightning_efficient_init.sinks import Segment, Sink, sink_for
+from lightning_efficient_init.quantize import parts_of
+from lightning_efficient_init.sharding import is_sharded, part_of
+from lightning_efficient_init.sinks import Segment, Sink, sinks_for
+
+# Scratch memory on the device, together 128 MiB. Four batches keep a dozen threads busy while one is worked on.
+BATCH_BYTES = 32 << 20
+MAX_BATCHES = 4
 
 
 def load_checkpoint(
@@ -72,11 +82,12 @@ def load_checkpoint(
     """
     settings = Settings(host_buffer_bytes, num_threads)
     started = time.perf_counter()
-    with eager():
+    replicas = replicas_of(model)
+    with eager(), agreed(replicas):
         plan = plan_load(
             model, path, strict=strict, key_map=key_map, ignore_mismatched=ignore_mismatched, weights_only=weights_only
         )
-        return run_plan(plan, settings, progress=progress, mmap=mmap, started=started)
+        return run_plan(plan, settings, progress=progress, mmap=mmap, started=started, replicas=replicas)
 
 
 def run_plan(
@@ -86,14 +97,18 @@ def run_plan(
     progress: bool | None = None,
     mmap: bool = False,
     started: float | None = None,
+    replicas: Replicas | None = None,
 ) -> LoadReport:
-    """Carry out a plan; see ``load_checkpoint``."""
+    """Carry out a plan; see ``load_checkpoint``. With ``replicas``, all of them carry out theirs together."""
     started = time.perf_counter() if started is None else started
+    if must_wait(plan):
+        return postpone(plan, settings, mmap=mmap)
     model = plan.binding.module
     devices = {tensor.device for tensor in plan.binding.tensors.values()}
-    num_bytes = plan.num_bytes
-    with Meter(num_bytes, devices, progress) as meter:
-        loaded = _write(model, plan.binding, settings, meter, mmap=mmap)
+    planned_bytes = plan.num_bytes
+    with Meter(planned_bytes, devices, progress) as meter:
+        loaded = _write(model, plan.binding, settings, meter, mmap=mmap, replicas=replicas)
+        num_bytes = planned_bytes if replicas is None else replicas.num_bytes_read(planned_bytes)
         initialized = _initialize_rest(model, plan.binding)
         forget(plan.binding.tensors[name] for name in plan.binding.loaded_by_calls)
     return LoadReport(
@@ -106,10 +121,13 @@ def run_plan(
         elapsed_s=time.perf_counter() - started,
         peak_host_bytes=meter.memory.host_bytes,
         peak_device_bytes=meter.memory.device_bytes,
+        bytes_per_rank=(num_bytes,) if replicas is None else replicas.gather(num_bytes),
     )
 
 
-def _write(model: Module, binding: Binding, settings: Settings, meter: Meter, *, mmap: bool) -> tuple[str, ...]:
+def _write(
+    model: Module, binding: Binding, settings: Settings, meter: Meter, *, mmap: bool, replicas: Replicas | None
+) -> tuple[str, ...]:
     """Give every bound tensor its value, and return their names."""
     names = [*binding.entries, *binding.values, *binding.loaded_by_calls]
     with undisturbed():
@@ -119,12 +137,15 @@ def _write(model: Module, binding: Binding, settings: Settings, meter: Meter, *,
         if mmap:
             map_entries(pairs)
         else:
+            sharing = replicas and replicas.confirm([_work(writes.waves), settings])
             for wave in writes.waves:
-                stream([sink_for(*pair) for pair in wave], settings, meter)
+                sharded = [pair for pair in wave if is_sharded(pair[1])]
+                stream(_sinks(sharded), settings, meter)
+                stream(_sinks(_others(wave, sharded)), settings, meter, sharing)
         _note_writes([tensor for _, tensor, _ in pairs])
     with torch.inference_mode():  # which may write to inference tensors as well as to others
         for tensor, value in writes.values:
-            tensor.copy_(value)
+            _copy_value(tensor, value)
     try:
         for call in binding.calls:
             call()
@@ -133,6 +154,15 @@ def _write(model: Module, binding: Binding, settings: Settings, meter: Meter, *,
         raise
     forget(tensors[name] for name in (*binding.entries, *binding.values))
     return tuple(names)
+
+
+def _copy_value(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy a value from memory to a tensor, or to this rank's part of it."""
+    part = part_of(tensor)
+    if part is None:
+        tensor.copy_(value)
+    else:
+        part.memory.copy_(part.take(value.view(part.shape)))
 
 
 def _note_writes(tensors: Sequence[torch.Tensor]) -> None:
@@ -156,7 +186,7 @@ def _with_memory(model: Module, binding: Binding, names: Sequence[str]) -> Mappi
     )
     if _on_meta(binding.tensors, deferred):
         allocate(model)  # buffers that are views of parameters get their memory from those
-    return {**binding.tensors, **named_state(model)}
+    return {**binding.tensors, **named_state(model), **parts_of(model)}
 
 
 def _on_meta(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> list[str]:
@@ -165,20 +195,95 @@ def _on_meta(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> list[
         return [name for name in names if tensors[name].is_meta]
 
 
-def stream(sinks: Sequence[Sink], settings: Settings, meter: Meter) -> None:
-    """Fill each sink. What needs scratch memory goes in batches that the host buffer could hold."""
+def _sinks(pairs: Iterable[Pair]) -> list[Sink]:
+    return [sink for pair in pairs for sink in sinks_for(*pair)]
+
+
+def _others(pairs: Sequence[Pair], some: Sequence[Pair]) -> Sequence[Pair]:
+    names = {name for name, _, _ in some}
+    return [pair for pair in pairs if pair[0] not in names] if names else pairs
+
+
+def _work(turns: Sequence[Sequence[Pair]]) -> list[object]:
+    """What loading is about to do, to be compared between ranks."""
+    return [[(name, tensor.dtype, tensor.device.type, entry) for name, tensor, entry in pairs] for pairs in turns]
+
+
+def stream(sinks: Sequence[Sink], settings: Settings, meter: Meter, replicas: Replicas | None = None) -> None:
+    """Fill each sink. What needs scratch memory goes in batches; one is worked on while the next ones are read.
+
+    Args:
+        sinks: What to fill.
+        settings: Host memory and threads.
+        meter: Told of the progress.
+        replicas: Other ranks that fill the same sinks with the same settings, and share the reading.
+    """
+    if replicas is not None:
+        _stream_together(sinks, settings, meter, replicas)
+        return
+    by_device: dict[torch.device, list[Sink]] = defaultdict(list)
+    for sink in sinks:
+        by_device[sink.device].append(sink)
+    done = 0
+    written: list[str] = []
+    for device, group in by_device.items():
+        done += _stream_to(device, group, settings, partial(_tick, meter, done), written)
+
+
+def _stream_together(sinks: Sequence[Sink], settings: Settings, meter: Meter, replicas: Replicas) -> None:
     done = 0
     written: list[str] = []
     for batch, is_direct in _batches(sinks, settings.host_buffer_bytes):
         segments: list[Segment] = [segment for sink in batch for segment in sink.segments()]
         try:
-            done += transfer(segments, settings, partial(_tick, meter, done))
+            done += replicas.transfer(segments, settings, partial(_tick, meter, done))
         except CheckpointError as error:
             error.add_written([*written, *(error.written if is_direct else ())])  # else only scratch was touched
             raise
         for sink in batch:
             sink.finish()
         written += dict.fromkeys(segment.name for segment in segments)
+
+
+def _stream_to(
+    device: torch.device, sinks: Sequence[Sink], settings: Settings, on_tick: Callable[[int], None], written: list[str]
+) -> int:
+    """Fill sinks on one device; adds their names to ``written``, and returns the number of bytes read."""
+    in_flight: deque[_InFlight] = deque()
+    try:
+        with Transfer(device, settings, on_tick) as transfer:
+            for batch, is_direct in _batches(sinks, min(settings.host_buffer_bytes, BATCH_BYTES)):
+                segments = [segment for sink in batch for segment in sink.segments()]
+                in_flight.append(_InFlight(batch, segments, is_direct, transfer.submit(segments)))
+                if len(in_flight) == MAX_BATCHES:
+                    written += _complete(transfer, in_flight)
+            while in_flight:
+                written += _complete(transfer, in_flight)
+        on_tick(transfer.num_bytes)
+    except CheckpointError as error:
+        touched = [name for item in in_flight if item.is_direct for name in item.batch.names_touched()]
+        error.add_written(list(dict.fromkeys([*written, *touched])))  # of the others only scratch was touched
+        raise
+    return transfer.num_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    """Sinks that are being filled."""
+
+    sinks: Sequence[Sink]
+    segments: Sequence[Segment]
+    is_direct: bool
+    batch: Batch
+
+
+def _complete(transfer: Transfer, in_flight: deque[_InFlight]) -> list[str]:
+    """Wait for the batch that was submitted first, and finish its sinks; returns their names."""
+    transfer.wait(in_flight[0].batch)
+    item = in_flight.popleft()
+    for sink in item.sinks:
+        sink.finish()
+    return list(dict.fromkeys(segment.name for segment in item.segments))
 
 
 def _tick(meter: Meter, done_before: int, done: int) -> None:

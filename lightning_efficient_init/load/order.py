@@ -15,6 +15,7 @@ import torch
 from lightning_efficient_init.checkpoint import Entry
 from lightning_efficient_init.checkpoint.entry import layout_of
 from lightning_efficient_init.load.bind import Binding
+from lightning_efficient_init.sharding import part_of
 from lightning_efficient_init.sinks import PLAIN_TYPES
 
 Pair: TypeAlias = tuple[str, torch.Tensor, Entry]
@@ -88,6 +89,8 @@ def _overlapping(tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> l
 def _span(tensor: torch.Tensor, at: int) -> tuple[int, int, int] | None:
     """Addresses of its first byte and of the end of its last one, and ``at``; None if it has no memory of its own."""
     if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided or tensor.is_meta:
+        return None
+    if part_of(tensor) is not None:
         return None
     start, num_bytes = tensor.data_ptr(), tensor.nbytes
     if num_bytes and not tensor.is_contiguous():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -15,6 +16,7 @@ from lightning_efficient_init.garbage import collections_paused
 from lightning_efficient_init.load.bind import Binding, Shape, StateTree, bind
 from lightning_efficient_init.load.extents import num_unique_bytes
 from lightning_efficient_init.load.keys import KeyMap, match_keys, rename_modules
+from lightning_efficient_init.sharding import part_of
 
 _WRAPPED_AS = ("_original_module", "_orig_mod")  # by Fabric, by torch.compile
 
@@ -43,8 +45,21 @@ class LoadPlan:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that will be read from the files; what several tensors share counts once."""
-        return num_unique_bytes([*self.entries.values(), *self.binding.read_by_calls])
+        """Bytes that will be read from the files; what several tensors share counts once.
+
+        Of a tensor that is sharded, this rank's part counts.
+        """
+        parts = {name: part for name, tensor in self._tensors() if (part := part_of(tensor)) and not part.is_whole}
+        whole = [entry for name, entry in self.entries.items() if name not in parts]
+        num_part_bytes = {
+            id(self.binding.tensors[name]): part.memory.numel() * self.entries[name].dtype.itemsize
+            for name, part in parts.items()
+        }
+        return num_unique_bytes([*whole, *self.binding.read_by_calls]) + sum(num_part_bytes.values())
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name in self.entries:
+            yield name, self.binding.tensors[name]
 
 
 def plan_load(
@@ -92,7 +107,7 @@ def plan_part(
     model = unwrap(model)
     weights = weights_of(checkpoint.tree, key, path=checkpoint.path)
     with collections_paused():
-        tree = StateTree.of(model)
+        tree = StateTree.of(model, settled=True)
         names = match_keys(weights.entries, tree.tensors, key_map)
         state = {name: weights.entries[key] for key, name in names.items()}
         binding = bind(model, state, rename_modules(weights.metadata, names), tree)

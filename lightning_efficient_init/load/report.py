@@ -25,11 +25,12 @@ class LoadReport:
         missing: Names of the model's tensors that the checkpoint lacks.
         unexpected: Keys of the checkpoint that match nothing in the model.
         mismatched: Names of tensors that have another shape in the checkpoint.
-        num_bytes: Bytes of tensors read from the files.
+        num_bytes: Bytes of tensors that this rank read from the files.
         elapsed_s: Seconds from the call to the last value in place, planning included.
         peak_host_bytes: Growth of the process's anonymous memory at its highest, sampled; on a CPU this includes the
             parameters themselves where the load gave them memory. 0 where the system does not tell.
         peak_device_bytes: Highest memory in use on the model's device during the load, sampled; 0 on a CPU.
+        bytes_per_rank: ``num_bytes`` of every rank that took part, by rank.
     """
 
     loaded: tuple[str, ...]
@@ -41,6 +42,7 @@ class LoadReport:
     elapsed_s: float
     peak_host_bytes: int
     peak_device_bytes: int
+    bytes_per_rank: tuple[int, ...] = ()
 
     @property
     def bytes_per_s(self) -> float:

@@ -16,6 +16,7 @@ from lightning_efficient_init.load.bind import bind
 from lightning_efficient_init.load.load import run_plan
 from lightning_efficient_init.load.pipeline import Settings
 from lightning_efficient_init.load.plan import LoadPlan, check
+from lightning_efficient_init.load.replicas import agreed, replicas_of
 from lightning_efficient_init.load.tree import read_tree
 from lightning_efficient_init.patching import ScopedPatch
 
@@ -34,7 +35,8 @@ def _load_lazy(
     if not entries:
         return original(module, state_dict, strict, assign)
     path = next((entry.file for entry in entries if entry is not None), "The state dict")
-    with eager():
+    replicas = replicas_of(module)
+    with eager(), agreed(replicas):
         if assign:
             device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
             return original(
@@ -54,7 +56,7 @@ def _load_lazy(
             mismatched=binding.mismatched,
             binding=binding,
         )
-        log.info("%s: %s", path, run_plan(plan, Settings()))
+        log.info("%s: %s", path, run_plan(plan, Settings(), replicas=replicas))
     return _IncompatibleKeys(list(plan.missing), list(plan.unexpected))
 
 

@@ -1,19 +1,38 @@
-"""Which sink fills a tensor: one line here for each kind of parameter memory."""
+"""Which sinks fill a tensor: one line here for each kind of parameter memory."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from lightning_efficient_init import sharding
 from lightning_efficient_init.checkpoint import Entry
+from lightning_efficient_init.quantize.layers import QuantizedParameter, plain
+from lightning_efficient_init.sharding import part_of
+from lightning_efficient_init.sinks.bitsandbytes import quantizing_sinks
+from lightning_efficient_init.sinks.part import PartSink
 from lightning_efficient_init.sinks.plain import PlainSink
 from lightning_efficient_init.sinks.sink import Sink
 
 
+def sinks_for(name: str, tensor: torch.Tensor, entry: Entry) -> Sequence[Sink]:
+    """The sinks, one for each part, that fill ``tensor``, called ``name`` in the model, from ``entry``."""
+    if isinstance(tensor, QuantizedParameter) and entry.dtype.is_floating_point:
+        return quantizing_sinks(name, tensor, entry)
+    return (sink_for(name, tensor, entry),)
+
+
 def sink_for(name: str, tensor: torch.Tensor, entry: Entry) -> Sink:
-    """The sink that fills ``tensor``, called ``name`` in the model, from ``entry``."""
-    return PlainSink(name, tensor, entry)
+    """The sink that fills ``tensor``, called ``name`` in the model, from ``entry``, if one does."""
+    if isinstance(tensor, QuantizedParameter):
+        return PlainSink(name, plain(tensor), entry)  # it was quantized before
+    part = part_of(tensor)
+    return PlainSink(name, tensor, entry) if part is None else PartSink(name, part, entry)
 
 
 def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
     """The shape that a checkpoint has for ``tensor``, which may be a part of it or hold it in another form."""
-    return tuple(tensor.shape)
+    if isinstance(tensor, QuantizedParameter):
+        return tensor.packing.source_shape
+    return sharding.shape_of(tensor)

@@ -14,7 +14,7 @@ import torch
 
 
 class Segment:
-    """A run of elements in a file and the memory they go to. It is not changed once made.
+    """A run of elements in a file, or several at equal distances, and the memory they go to. It does not change.
 
     A load makes one for each tensor, often many thousands: this is a plain class because it is made in a fifth of the
     time of a frozen one, and ``dest`` is a view that is made only where it is needed, since many go without.
@@ -25,6 +25,8 @@ class Segment:
         dtype: Element type in the file.
         dest: Contiguous tensor of any shape, on any device; its dtype may differ from the file's.
         name: The model's name for the tensor, for messages.
+        row_bytes: Bytes of each run, where there are several (rows of a matrix that is cut in its columns); else 0.
+        pitch_bytes: From the start of one run to the start of the next.
 
     Attributes:
         file: Path of the file.
@@ -32,16 +34,29 @@ class Segment:
         dtype: Element type in the file.
         memory: The tensor as it was given, in its own shape.
         name: The model's name for the tensor.
+        row_bytes: Bytes of each run, where there are several; else 0.
+        pitch_bytes: From the start of one run to the start of the next.
     """
 
-    __slots__ = ("_dest", "dtype", "file", "memory", "name", "offset")
+    __slots__ = ("_dest", "dtype", "file", "memory", "name", "offset", "pitch_bytes", "row_bytes")
 
-    def __init__(self, file: str, offset: int, dtype: torch.dtype, dest: torch.Tensor, name: str) -> None:
+    def __init__(
+        self,
+        file: str,
+        offset: int,
+        dtype: torch.dtype,
+        dest: torch.Tensor,
+        name: str,
+        row_bytes: int = 0,
+        pitch_bytes: int = 0,
+    ) -> None:
         self.file = file
         self.offset = offset
         self.dtype = dtype
         self.memory = dest
         self.name = name
+        self.row_bytes = row_bytes
+        self.pitch_bytes = pitch_bytes
         self._dest: torch.Tensor | None = None
 
     @property
@@ -53,7 +68,7 @@ class Segment:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that the elements take in the file."""
+        """Bytes that the elements take in the file, without what is between runs."""
         return self.memory.numel() * self.dtype.itemsize
 
     @property

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
-
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO
-from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from lightning_efficient_init.deferred import watch
-from lightning_efficient_init.init_context import init_context
-from lightning_efficient_init.lightning_checkpoint import is_streamable, open_lightning_checkpoint
-from lightning_efficient_init.load.state_dict import streaming_load_state_dict
-from lightning_efficient_init.load.tree import read_tree
 from lightning_efficient_init.single_device import FollowsAcceleratorDevice
+from lightning_efficient_init.trainer.streaming import StreamsCheckpoints
 
 
-class EfficientSingleDeviceStrategy(FollowsAcceleratorDevice, SingleDeviceStrategy):
+class EfficientSingleDeviceStrategy(FollowsAcceleratorDevice, StreamsCheckpoints, SingleDeviceStrategy):
     """One device, as ``Trainer(strategy="efficient_init")``: models are built in place and checkpoints stream.
 
     ``ckpt_path`` in ``fit``, ``validate``, ``test`` and ``predict`` streams; optimizer states are read by ``fit`` only.
@@ -50,33 +40,3 @@ class EfficientSingleDeviceStrategy(FollowsAcceleratorDevice, SingleDeviceStrate
             precision_plugin=precision_plugin,
         )
         self._is_device_chosen = device is not None
-
-    @contextmanager
-    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
-        """Construct modules on the device, in the precision, empty if asked for; checkpoints stream into them."""
-        with super().tensor_init_context(empty_init=empty_init), init_context(empty=bool(empty_init)):
-            yield
-
-    def setup(self, trainer: pl.Trainer) -> None:
-        """Watch for parameters that nobody has written by the time the module is first used."""
-        assert self.model is not None
-        watch(self.model)
-        super().setup(trainer)
-
-    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        """The checkpoint, with weights and optimizer states as lazy tensors; a URL is left to Lightning."""
-        if not is_streamable(checkpoint_path) or type(self.checkpoint_io) is not TorchCheckpointIO:
-            kwargs = {} if weights_only is None else {"weights_only": weights_only}
-            return super().load_checkpoint(checkpoint_path, **kwargs)
-        device = torch.device("cpu")
-        return open_lightning_checkpoint(checkpoint_path, device, weights_only=weights_only is not False)
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Stream the weights through the module's own ``load_state_dict``."""
-        with streaming_load_state_dict():
-            super().load_model_state_dict(checkpoint, strict=strict)
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Read the optimizers' states straight to the device."""
-        states = read_tree(checkpoint["optimizer_states"], self.root_device)
-        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})

@@ -31,9 +31,16 @@ def test_any_number_of_buffers_is_filled_in_order(file, sizes):
     assert b"".join(buffers) == (bytes(range(256)) * 40)[100 : 100 + sum(sizes)]
 
 
+def test_buffers_at_equal_distances_are_filled_with_nothing_of_what_is_between(file):
+    buffers = [bytearray(3) for _ in range(50)]
+    file.fill(buffers, 7, pitch_bytes=200)
+    content = bytes(range(256)) * 40
+    assert buffers == [content[7 + i * 200 : 10 + i * 200] for i in range(50)]
+
+
 def test_bytes_beyond_the_end_are_reported_with_the_tensor(file):
     with pytest.raises(CorruptCheckpointError, match=r"tensor 'w'.* 8 bytes at position 10236, .*ends at 10240"):
-        file.fill([bytearray(4), bytearray(4)], 10_236, "w")
+        file.fill([bytearray(4), bytearray(4)], 10_236, tensor="w")
 
 
 def test_a_file_that_grows_while_it_is_asked_again_is_read(file):

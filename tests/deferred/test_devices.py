@@ -61,10 +61,14 @@ def test_empty_recurrent_layers_keep_their_canary_and_recipes(build, device):
     assert torch.equal(found(x)[0], expected(x)[0])
 
 
+def load_ones(layer):
+    layer.load_state_dict({name: torch.ones_like(weight, device="cuda") for name, weight in layer.named_parameters()})
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("finish", [materialize, lambda layer: None])
+@pytest.mark.parametrize("finish", [materialize, lambda layer: None, load_ones])
 def test_weights_of_recurrent_layers_are_in_one_piece(finish):
-    context = deferred_init if finish is materialize else empty_init
+    context = deferred_init if finish in (materialize, load_ones) else empty_init
     with context(), torch.device("cuda"):
         layer = nn.LSTM(5, 6)
     finish(layer)

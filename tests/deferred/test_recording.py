@@ -454,3 +454,21 @@ def test_init_functions_that_a_mode_outside_skips_are_recorded():
     with _EmptyInit(enabled=True), deferred_init():
         found = nn.Linear(20, 30)
     assert torch.equal(materialize(found).weight, expected.weight)
+
+
+def test_factories_keep_the_default_dtype_of_construction(device):
+    def build():
+        return nn.ParameterList([torch.ones(3), torch.randn(20), torch.zeros(2), torch.full((2,), 3.5), torch.empty(0)])
+
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        torch.manual_seed(1)
+        with device:
+            expected = build()
+        torch.manual_seed(1)
+        with deferred_init(), device:
+            found = build()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for found_param, expected_param in zip(materialize(found), expected, strict=True):
+        assert_same_tensor(found_param, expected_param)

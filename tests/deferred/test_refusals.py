@@ -109,6 +109,8 @@ def test_reading_values_is_refused(read, model):
         lambda m: float(m[0].weight.norm() * 2),
         lambda m: bool(m[0].weight.detach().max() > 1),
         lambda m: (m[0].weight.mean() / 2).tolist(),
+        lambda m: (m[0].weight > 0).all().item(),
+        lambda m: bool((m[0].weight + 1).isnan().any()),
     ],
 )
 def test_reading_a_number_computed_from_a_deferred_parameter_is_refused(read, model):
@@ -120,6 +122,12 @@ def test_reading_a_number_computed_from_a_deferred_parameter_is_refused(read, mo
 def test_moving_to_a_device_is_refused(move, model):
     with deferred("weight of Linear"):
         move(model)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_to_empty_which_would_drop_recipes_is_refused(device, model):
+    with deferred("weight of Linear.*to_empty"):
+        model.to_empty(device=device)
 
 
 @pytest.mark.parametrize("save", [lambda m, f: torch.save(m.state_dict(), f), torch.save])

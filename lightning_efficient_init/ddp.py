@@ -1,0 +1,37 @@
+"""What Fabric's and the Trainer's DDP strategies share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.nn import Module
+
+from lightning_efficient_init.deferred import is_deferred, materialize, reseed, seeds
+from lightning_efficient_init.load.replicas import Replicas, replicas_over, replicate
+
+
+class HasReplicas:
+    """A strategy under which every rank has the whole model, and all of them load it together."""
+
+    def replicas(self) -> Replicas | None:
+        """All ranks, once there are processes."""
+        return replicas_over(distributed.group.WORLD) if distributed.is_initialized() else None
+
+
+def replicate_module(module: Module) -> None:
+    """Make ``module`` one of equal ones: what is not written yet draws from rank 0's generators, on every rank."""
+    assert distributed.group.WORLD is not None
+    replicate(module, distributed.group.WORLD)
+    states: list[Any] = [seeds(module)]
+    distributed.broadcast_object_list(states)
+    if distributed.get_rank():
+        reseed(module, states[0])
+
+
+def to_device(module: Module, device: torch.device) -> None:
+    """Move a module; one whose construction was only recorded is built there."""
+    if is_deferred(module):
+        materialize(module, device=device)
+    module.to(device)

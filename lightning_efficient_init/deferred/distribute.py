@@ -1,0 +1,196 @@
+"""From a deferred module to a sharded one, by an engine that knows nothing of recipes.
+
+`fully_shard`, tensor parallelism and their like take plain meta tensors apart without looking at values. So they come
+first, on modules that are still deferred; then each rank gives memory to the parts that it is left with and fills them,
+one parameter at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.nn import Module
+
+from lightning_efficient_init.deferred import audit
+from lightning_efficient_init.deferred.materialize import (
+    allocate,
+    give_bare_memory,
+    initialize,
+    is_deferred,
+    materialize_deferred,
+    materialize_tensors,
+)
+from lightning_efficient_init.deferred.recipe import Recipe, Ref, recipe_of
+from lightning_efficient_init.deferred.sharded import Windows, agree, evaluate_each, release, windows
+from lightning_efficient_init.errors import DeferredParameterError, shorten
+from lightning_efficient_init.sharding import give_local_memory, is_dtensor, offloaded, part_of, settle
+
+Engine = Callable[[Module], Module]
+
+
+def distribute(module: Module, engine: Engine, device: torch.device, *, is_empty: bool = False) -> Module:
+    """Let ``engine`` shard a deferred module, and give each rank's parts their memory and values.
+
+    Together the ranks hold what rank 0 alone would hold. All ranks come here.
+
+    Args:
+        module: A deferred module, or one that is deferred in part; what is real goes to the engine as it is.
+        engine: Shards the module, in place or not, and returns it.
+        device: This rank's device. Parts are made there; an engine that offloads moves them on.
+        is_empty: Whether parameters are left without values, their recipes at hand for `initialize`. Those of
+            ``postponed_init(is_optional=True)`` are in any case.
+
+    Returns:
+        What the engine returned.
+
+    Raises:
+        DeferredInitError: The ranks have recorded different models.
+        DeferredParameterError: A parameter is on the meta device and has no recipe.
+    """
+    refs = windows(module)
+    agree(refs.values(), device)
+    release(module)
+    sharded = engine(module)
+    fill_parts(sharded, refs, device, is_empty=is_empty)
+    share_buffers(sharded)
+    return sharded
+
+
+def fill_parts(module: Module, refs: Windows, device: torch.device, *, is_empty: bool = False) -> None:
+    """Give this rank's parts of deferred parameters memory and values; whole ones that are left, too.
+
+    Args:
+        module: The sharded module.
+        refs: `windows` of it, from before.
+        device: Where parts are made.
+        is_empty: See `distribute`.
+    """
+    on_cpu = offloaded(module)
+    wanted: list[tuple[Ref, Callable[[torch.Tensor], None]]] = []
+    for param, ref in _deferred_parts(module, refs):
+        target = torch.device("cpu") if id(param) in on_cpu else device
+        give_local_memory(param, torch.empty_like(param._local_tensor, device=target))
+        if not (_is_left(ref.recipe, is_empty=is_empty) and audit.keep(param, ref)):
+            wanted.append((ref, partial(_fill, param)))
+    evaluate_each(wanted, device)
+    settle(module)
+    _fill_whole(module, device, is_empty=is_empty)
+    move_whole(module, device)
+
+
+def initialize_required(module: Module) -> None:
+    """Run the recipes of what nobody has written, but not of what `postponed_init` declared optional."""
+    names = audit.uninitialized_parameters(module)
+    params = dict(module.named_parameters())
+    initialize(module, [name for name in names if not audit.window_of(params[name]).recipe.is_optional])
+
+
+def share_buffers(module: Module, group: Any = None) -> None:
+    """Give all ranks rank 0's buffers, which may hold random numbers."""
+    if not distributed.is_initialized() or distributed.get_world_size(group) == 1:
+        return
+    source = distributed.get_global_rank(group, 0) if group is not None else 0
+    for buffer in module.buffers():
+        if buffer.numel() and not buffer.is_meta and not is_dtensor(buffer):
+            flat = buffer.detach().contiguous().view(-1).view(torch.uint8)
+            distributed.broadcast(flat, source, group=group)
+            if flat.data_ptr() != buffer.data_ptr():
+                buffer.detach().copy_(flat.view(buffer.dtype).view(buffer.shape))
+
+
+def move_whole(module: Module, device: torch.device) -> None:
+    """Bring what no engine has taken apart to the device, keeping identity."""
+    for param in module.parameters():
+        if not is_dtensor(param) and param.device != device and not param.is_meta:
+            param.data = param.data.to(device)
+    for child in module.modules():
+        for name, buffer in child._buffers.items():
+            if buffer is not None and buffer.device != device and not buffer.is_meta:
+                child._buffers[name] = buffer.to(device)
+
+
+def fill_own(
+    module: Module, device: torch.device, *, is_empty: bool = False, can_wait: bool = True
+) -> Sequence[torch.Tensor]:
+    """Give the deferred tensors that ``module`` itself has, not its children, memory and values.
+
+    For engines that take one module at a time and want it whole.
+
+    Args:
+        module: Part of a deferred module.
+        device: Where memory and values are made.
+        is_empty: See `distribute`.
+        can_wait: Whether any parameter may be left without values.
+
+    Returns:
+        The parameters that were left without values, for `keep_recipes` once they have been sharded.
+    """
+    own = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None and is_deferred(t)]
+    params = [t for t in own if isinstance(t, torch.nn.Parameter)] if can_wait else []
+    left = [param for param in params if _is_left(recipe_of(param), is_empty=is_empty)]
+    give_bare_memory(left, device)
+    materialize_tensors((t for t in own if t.is_meta), device)
+    return left
+
+
+def keep_recipes(module: Module, refs: Windows, device: torch.device, left: Iterable[torch.Tensor]) -> None:
+    """Keep the recipes of parameters that have been sharded without values; run those that cannot wait.
+
+    Args:
+        module: The sharded module.
+        refs: `windows` of it, from before.
+        device: Where recipes run.
+        left: What `fill_own` has left.
+    """
+    waiting = {id(param) for param in left}
+    wanted: list[tuple[Ref, Callable[[torch.Tensor], None]]] = []
+    for child in module.modules():
+        for name, param in child._parameters.items():
+            if param is None or id(param) not in waiting:
+                continue
+            waiting.remove(id(param))
+            if not audit.keep(param, refs[child, name]):
+                wanted.append((refs[child, name], partial(_fill, param)))
+    evaluate_each(wanted, device)
+
+
+def _is_left(recipe: Recipe | None, *, is_empty: bool) -> bool:
+    """Whether memory is to be left as it is for now."""
+    return recipe is not None and (is_empty or recipe.is_optional) and not recipe.is_loaded
+
+
+def _deferred_parts(module: Module, refs: Windows) -> Iterator[tuple[Any, Ref]]:
+    """The DTensors on the meta device, each once, with their recipes."""
+    seen: set[int] = set()
+    lost: list[str] = []
+    for path, child in module.named_modules():
+        for name, param in child._parameters.items():
+            if param is None or not is_dtensor(param) or not param.is_meta or id(param) in seen:
+                continue
+            seen.add(id(param))
+            if (child, name) in refs:
+                yield param, refs[child, name]
+            else:
+                lost.append(f"{path}.{name}")
+    if lost:
+        raise DeferredParameterError(
+            f"{shorten(lost)}: on the meta device without a recipe. The function that parallelizes the model may wrap "
+            "modules and exchange parameters, but a new parameter needs values: make it before, inside init_module()."
+        )
+
+
+def _fill(param: torch.Tensor, whole: torch.Tensor) -> None:
+    part = part_of(param)
+    assert part is not None
+    part.memory.copy_(part.take(whole))
+
+
+def _fill_whole(module: Module, device: torch.device, *, is_empty: bool) -> None:
+    """What no engine has taken apart, wherever it hangs."""
+    left = [p for p in module.parameters() if p.is_meta and _is_left(recipe_of(p), is_empty=is_empty)]
+    allocate(module, tensors=left)
+    materialize_deferred(module, device)

@@ -1,0 +1,196 @@
+"""Deferred parameters that a sharding engine takes apart: what each rank keeps of them gets the values of the whole.
+
+Engines put new objects in the place of a module's parameters. What stays is the module and the parameter's name there,
+so `windows` notes the recipes under those before the engine comes. Afterwards `evaluate_each` runs one recipe after the
+other on scratch memory and hands the whole tensor over, for the caller to keep a part of it. Recipes do not depend on
+each other's memory, so at no time is there more than one parameter's worth of it (and what that one is made from).
+
+That all ranks keep parts of one and the same tensor is `agree`'s work: rank 0 says where its generators stood, and what
+numbers from outside (NumPy, ``random``) went into its recipes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import pickle
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeAlias
+
+import torch
+from torch import distributed
+from torch.nn import Module
+
+from lightning_efficient_init.deferred import parameter
+from lightning_efficient_init.deferred.arguments import map_tensors
+from lightning_efficient_init.deferred.recipe import Op, Recipe, Ref, operations_for, recipe_of
+from lightning_efficient_init.deferred.replay import Replay
+from lightning_efficient_init.deferred.streams import Stream
+from lightning_efficient_init.errors import DeferredInitError
+
+Windows: TypeAlias = dict[tuple[Module, str], Ref]
+
+
+def windows(module: Module) -> Windows:
+    """The recipe of each deferred parameter and buffer of ``module``, by the submodule and the name it has there."""
+    found: Windows = {}
+    with torch._C.DisableTorchFunction():
+        for child in module.modules():
+            for name, tensor in (*child._parameters.items(), *child._buffers.items()):
+                recipe = recipe_of(tensor) if tensor is not None and tensor.is_meta else None
+                if tensor is not None and recipe is not None:
+                    found[child, name] = Ref.to(tensor, recipe)
+    return found
+
+
+def release(module: Module) -> None:
+    """Let engines handle the deferred parameters of ``module`` as the plain meta tensors that they know."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        parameter.unguard(tensor)
+
+
+def evaluate_each(
+    wanted: Iterable[tuple[Ref, Callable[[torch.Tensor], None]]], device: torch.device | None = None
+) -> None:
+    """Run recipes one after the other, and hand over what each window shows.
+
+    Args:
+        wanted: Windows, each with a function that is given the whole tensor on scratch memory, in the window's shape
+            and dtype, and copies what it wants to keep. Each recipe runs once, however many windows it has.
+        device: Where to run what was recorded for a default device; the recorded device unless given.
+    """
+    takers: dict[Recipe, list[tuple[Ref, Callable[[torch.Tensor], None]]]] = {}
+    for ref, take in wanted:
+        takers.setdefault(ref.recipe, []).append((ref, take))
+
+    def deliver(recipe: Recipe, storage: torch.UntypedStorage) -> None:
+        for ref, take in takers[recipe]:
+            take(ref.on(storage))
+
+    with parameter.undisturbed(), Replay(device) as replay:
+        for recipe in sorted(takers, key=_first_order):
+            replay.run(operations_for([recipe]), [recipe], deliver)
+
+
+def _first_order(recipe: Recipe) -> int:
+    """Where in the recording it starts: in that order generators only go forward."""
+    return next((op.order for op in operations_for([recipe])), -1)
+
+
+def agree(refs: Iterable[Ref], device: torch.device, group: Any = None) -> None:
+    """Let the recipes of all ranks give what rank 0's give, whatever the seeds of the others. All ranks come here.
+
+    Args:
+        refs: The same windows in the same order on all ranks.
+        device: This rank's device, which stands for rank 0's.
+        group: The ranks; all there are, by default.
+
+    Raises:
+        DeferredInitError: The ranks have recorded different models.
+    """
+    if not distributed.is_initialized() or distributed.get_world_size(group) == 1:
+        return
+    with parameter.undisturbed():
+        ops = operations_for(dict.fromkeys(ref.recipe for ref in refs))
+        _agree_on_numbers(ops, group)
+        _agree_on_streams(ops, device, group)
+
+
+def _agree_on_numbers(ops: list[Op], group: Any) -> None:
+    """Compare what the operations are, and their numbers and constants; rank 0's count."""
+    prints = [(str(op.func), zlib.crc32(pickle.dumps(list(map(_content, _leaves(op)))))) for op in ops]
+    mine = _digest([name for name, _ in prints]), _digest(prints)
+    found: list[Any] = [None] * distributed.get_world_size(group)
+    distributed.all_gather_object(found, mine, group)
+    if len({structure for structure, _ in found}) > 1:
+        counts = [rank for rank, (structure, _) in enumerate(found) if structure != found[0][0]]
+        raise DeferredInitError(
+            f"The ranks {counts} have recorded another construction than rank 0 (here: {len(ops)} operations). Build "
+            "the same model on every rank; its random numbers are rank 0's in any case."
+        )
+    if len({content for _, content in found}) > 1:
+        theirs = _from_first([list(_leaves(op)) for op in ops], group)
+        for op, leaves in zip(ops, theirs, strict=True):
+            _replace_leaves(op, leaves)
+
+
+def _agree_on_streams(ops: list[Op], device: torch.device, group: Any) -> None:
+    streams = list(_streams(ops))
+    elsewhere = [stream.elsewhere.get(device) for stream in streams]
+    theirs = _from_first(list(zip(map(_known_states, streams), elsewhere, strict=True)), group)
+    if distributed.get_rank(group) == 0:
+        return
+    for stream, ((places, states), there) in zip(streams, theirs, strict=True):
+        stream._twins.clear()
+        stream.states = dict(zip(places, states, strict=True))
+        stream.elsewhere = {} if there is None else {device: there}
+
+
+def _known_states(stream: Stream) -> tuple[list[int], torch.Tensor | tuple[()]]:
+    """Where the generator stood: all that is known if states are small, else where the stream starts."""
+    known = sorted(stream.states.items())
+    if known and stream.generator.device.type == "cpu":
+        known = known[:1]
+    return [place for place, _ in known], torch.stack([state for _, state in known]) if known else ()
+
+
+def _streams(ops: Iterable[Op]) -> Iterator[Stream]:
+    """The streams that the operations draw from, and those that they go on from, each once."""
+    seen: set[int] = set()
+    for op in ops:
+        stream = op.draw.stream if op.draw is not None else None
+        while stream is not None and id(stream) not in seen:
+            seen.add(id(stream))
+            yield stream
+            origin = stream.parent or stream.before
+            stream = origin.stream if origin is not None else None
+
+
+def _from_first(value: Any, group: Any) -> Any:
+    """What rank 0 of the group has."""
+    box = [value]
+    distributed.broadcast_object_list(box, src=distributed.get_global_rank(group, 0) if group else 0, group=group)
+    return box[0]
+
+
+def _digest(value: Any) -> int:
+    return zlib.crc32(pickle.dumps(value))
+
+
+def _leaves(op: Op) -> Iterator[Any]:
+    """The arguments that are numbers, texts and tensors from outside."""
+
+    def visit(value: Any) -> Iterator[Any]:
+        if isinstance(value, list | tuple):
+            for item in value:
+                yield from visit(item)
+        elif _is_leaf(value):
+            yield value
+
+    yield from visit((*op.args, *op.kwargs.values()))
+
+
+def _is_leaf(value: Any) -> bool:
+    return isinstance(value, bool | int | float | complex | str | torch.Tensor)
+
+
+def _content(leaf: Any) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    flat = leaf.detach().cpu().contiguous()
+    return str(leaf.dtype), tuple(leaf.shape), zlib.crc32(ctypes.string_at(flat.data_ptr(), flat.nbytes))
+
+
+def _replace_leaves(op: Op, leaves: list[Any]) -> None:
+    fresh = iter(leaves)
+
+    def visit(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return type(value)(visit(item) for item in value)
+        if not _is_leaf(value):
+            return value
+        leaf = next(fresh)
+        return map_tensors(lambda tensor: tensor.to(value.device), leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+    op.args = tuple(visit(arg) for arg in op.args)
+    op.kwargs = {name: visit(arg) for name, arg in op.kwargs.items()}

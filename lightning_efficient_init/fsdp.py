@@ -1,0 +1,122 @@
+"""What Fabric's and the Trainer's FSDP strategies share: wrapping deferred modules, and precision.
+
+FSDP wants a unit's parameters whole, flattens them and keeps its shard. It asks for them module by module through its
+hook for parameters on the meta device, so at any time one unit is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache, partial
+from typing import Any, get_args
+
+import torch
+from lightning.fabric.plugins.precision.utils import _DtypeContextManager
+from torch.nn import Module
+
+from lightning_efficient_init.deferred import fill_own, keep_recipes
+from lightning_efficient_init.deferred.sharded import windows
+from lightning_efficient_init.fsdp2 import repeated_blocks
+from lightning_efficient_init.load.postponed import has_waiting
+from lightning_efficient_init.patching import ScopedPatch
+from lightning_efficient_init.precision import PrecisionName, cast_module
+from lightning_efficient_init.sharding import mark_parts
+
+_DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32, "64": torch.float64}
+
+
+def wrap(module: Module, device: torch.device, options: dict[str, Any]) -> Module:
+    """Wrap a module, deferred or not, by FSDP; a deferred one's parameters get memory one unit after the other.
+
+    Args:
+        module: The module.
+        device: This rank's device.
+        options: Arguments for ``FullyShardedDataParallel``. Without an ``auto_wrap_policy`` the repeated blocks become
+            units, and the rest is one. A ``param_init_fn`` of the user's takes the place of recipes.
+    """
+    from torch.distributed.fsdp import FullyShardedDataParallel  # noqa: PLC0415 (slow to import)
+
+    refs = windows(module)
+    left: list[torch.Tensor] = []
+    is_empty, can_wait = has_waiting(module), bool(options.get("use_orig_params"))
+
+    def fill(submodule: Module) -> None:
+        left.extend(fill_own(submodule, device, is_empty=is_empty, can_wait=can_wait))
+
+    blocks = {id(block) for block in repeated_blocks(module)}
+    options = {"param_init_fn": fill, "auto_wrap_policy": partial(_is_block, blocks), **options}
+    wrapped = FullyShardedDataParallel(module, device_id=device, **options)
+    mark_parts(wrapped)
+    keep_recipes(wrapped, refs, device, left)
+    return wrapped
+
+
+def is_wrapped(module: Module) -> bool:
+    """Whether somebody has wrapped the module, or a part of it, already."""
+    return any("_fsdp_wrapped_module" in child._modules for child in module.modules())
+
+
+def _is_block(blocks: set[int], module: Module, recurse: bool, nonwrapped_numel: int) -> bool:
+    """An ``auto_wrap_policy``."""
+    return recurse or id(module) in blocks
+
+
+@contextmanager
+def gathering() -> Iterator[None]:
+    """Let FSDP gather full state dicts on a CPU as well.
+
+    Where parameters are on the CPU already, its copy to the CPU is the same memory, which it then frees (torch 2.13).
+    """
+    with _to_cpu_patch()():
+        yield
+
+
+@cache
+def _to_cpu_patch() -> ScopedPatch:
+    from torch.distributed.fsdp._flat_param import FlatParamHandle  # noqa: PLC0415 (slow to import)
+
+    return ScopedPatch(FlatParamHandle, "to_cpu", _to_cpu)
+
+
+def _to_cpu(original: Callable[[Any], AbstractContextManager[None]], handle: Any) -> AbstractContextManager[None]:
+    return nullcontext() if handle.flat_param.device.type == "cpu" else original(handle)
+
+
+class KeepsDeclaredDtypes:
+    """`EfficientInit` as FSDP has it: FSDP itself casts for computing, and shards what is in the plugin's dtype.
+
+    To be mixed into Lightning's ``FSDPPrecision``, before it.
+
+    Args:
+        precision: As for `EfficientInit`.
+        device_type: Says where autocast is to work, once that is known.
+    """
+
+    def __init__(self, precision: str, device_type: Callable[[], str]) -> None:
+        if precision not in get_args(PrecisionName):
+            raise ValueError(f"precision must be one of {', '.join(get_args(PrecisionName))}; found {precision!r}.")
+        super().__init__("32-true" if precision == "64-true" else precision)  # type: ignore[call-arg]
+        self.precision: Any = precision
+        self._computes_in = _DTYPES[precision.split("-", maxsplit=1)[0]]
+        self._desired_input_dtype = torch.float32 if precision.endswith("mixed") else self._computes_in
+        self._device_type = device_type
+
+    def convert_module(self, module: Module) -> Module:
+        """Cast parameters, and buffers that have no dtype of their own."""
+        if self.precision.endswith("true") and self.precision != "32-true":
+            cast_module(module, self._desired_input_dtype)
+        return module
+
+    @property
+    def mixed_precision_config(self) -> Any:
+        """What FSDP casts for computing: parameters and gradients; buffers keep their dtype."""
+        from torch.distributed.fsdp import MixedPrecision  # noqa: PLC0415 (slow to import)
+
+        return MixedPrecision(param_dtype=self._computes_in, reduce_dtype=self._computes_in)
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """Autocast on the device that there is."""
+        if self.precision.endswith("mixed"):
+            return torch.autocast(self._device_type(), dtype=self._computes_in)
+        return _DtypeContextManager(self._desired_input_dtype)

@@ -1,0 +1,284 @@
+"""Equal models on several ranks: each byte of a checkpoint is read once on a node, and shared.
+
+Every rank of a node plans the same segments. Each reads its share, an even run of bytes in the order of the files,
+straight into its own parameters; then, share by share, the memory itself is broadcast to the others. Reading comes
+first and sharing after it, with an exchange of failures between: a rank that cannot read stops the others before any
+of them waits in a broadcast. Overlapping the two would hide little, since links between devices are several times as
+fast as the path from the files.
+
+`Replicas.agree` is the only rendezvous there is. Whatever a rank is up to inside, its next exchange of outcomes meets
+the next one of the others, so a failure anywhere reaches all of them at once, with its own type and message.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import platform
+import weakref
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.nn import Module
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_efficient_init.errors import CheckpointError
+from lightning_efficient_init.load.extents import PAGE_BYTES
+from lightning_efficient_init.load.pipeline import Settings, transfer
+from lightning_efficient_init.sharding import part_of
+from lightning_efficient_init.sinks import Segment
+
+_SMALL_BYTES = 1 << 20  # what is smaller travels together
+_BATCH_BYTES = 8 << 20
+_AGREED = "_efficient_init_agreed"
+
+_replicated: weakref.WeakKeyDictionary[Module, distributed.ProcessGroup] = weakref.WeakKeyDictionary()
+_node_groups: weakref.WeakKeyDictionary[distributed.ProcessGroup, distributed.ProcessGroup] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+class Replicas:
+    """Ranks that hold equal tensors: what one of them reads, all of its node get.
+
+    Args:
+        group: All ranks that hold them.
+
+    """
+
+    def __init__(self, group: distributed.ProcessGroup) -> None:
+        self._group = group
+        self._common_bytes = 0
+        self._own_bytes = 0
+
+    @contextmanager
+    def agree(self) -> Iterator[None]:
+        """What is raised inside on one rank is raised on all; a context for all ranks of the group to enter."""
+        try:
+            yield
+        except Exception as error:
+            if not hasattr(error, _AGREED):
+                self._exchange(error, None)
+            raise
+        self._exchange(None, None)
+
+    def confirm(self, work: object) -> Replicas | None:
+        """These replicas, if every rank is about to do the same ``work`` (compared by ``repr``); else None."""
+        digest = hashlib.sha256(repr(work).encode()).digest()
+        return self if len(set(self._exchange(None, digest))) == 1 else None
+
+    def transfer(
+        self, segments: Sequence[Segment], settings: Settings, on_tick: Callable[[int], None] | None = None
+    ) -> int:
+        """As `pipeline.transfer`, for the same segments on every rank: each byte is read by one rank of the node."""
+        node = _node_group(self._group)
+        reach = _device_types(node)
+        shares = divide([segment for segment in segments if segment.dest.device.type in reach], node.size())
+        mine = [segment for segment in segments if segment.dest.device.type not in reach] + shares[node.rank()]
+        self._common_bytes += num_segment_bytes(segments)
+        self._own_bytes += num_segment_bytes(mine)
+        with self.agree():
+            num_read = transfer(mine, settings, on_tick)
+        _broadcast(shares, node)
+        return num_read
+
+    def num_bytes_read(self, num_bytes: int) -> int:
+        """What this rank read where ``num_bytes`` were needed, since this was last asked."""
+        saved = self._common_bytes - self._own_bytes
+        self._common_bytes = self._own_bytes = 0
+        return num_bytes - saved
+
+    def gather(self, num_bytes: int) -> tuple[int, ...]:
+        """Every rank's number."""
+        return tuple(self._exchange(None, num_bytes))
+
+    def _exchange(self, error: Exception | None, note: Any) -> list[Any]:
+        """Give every rank's note to all, or raise the failure of the first rank that has one."""
+        outcomes: list[Any] = [None] * self._group.size()
+        distributed.all_gather_object(outcomes, (_pickled(error), note), group=self._group)
+        failure = next((failed for failed, _ in outcomes if failed is not None), None)
+        if failure is None:
+            return [noted for _, noted in outcomes]
+        if error is None:
+            error = pickle.loads(failure)
+        error.__dict__[_AGREED] = True
+        raise error
+
+
+def agreed(replicas: Replicas | None) -> AbstractContextManager[None]:
+    """`Replicas.agree`, where there are any."""
+    return nullcontext() if replicas is None else replicas.agree()
+
+
+def replicas_over(group: distributed.ProcessGroup | None) -> Replicas | None:
+    """The ranks of ``group``, if it is more than one."""
+    return None if group is None or group.size() == 1 else Replicas(group)
+
+
+def replicate(module: Module, group: distributed.ProcessGroup) -> None:
+    """Note that every rank of ``group`` has an equal ``module``: loading is for all of them to do together."""
+    _replicated[module] = group
+
+
+@contextmanager
+def replicating(group: distributed.ProcessGroup) -> Iterator[None]:
+    """Note the same of every module that gets a parameter inside."""
+
+    def note(module: Module, *_: object) -> None:
+        replicate(module, group)
+
+    handle = register_module_parameter_registration_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def replicas_of(model: Module) -> Replicas | None:
+    """The other ranks' copies or parts of ``model``: DDP's, FSDP's, and what `replicate` was told of."""
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            return replicas_over(module.process_group)
+        if module in _replicated:
+            group = _replicated[module]
+            return replicas_over(group) if _is_alive(group) else None
+    if distributed.is_initialized() and any(part_of(param) is not None for param in model.parameters()):
+        return replicas_over(distributed.group.WORLD)
+    return None
+
+
+def divide(segments: Sequence[Segment], count: int) -> list[list[Segment]]:
+    """Cut segments into ``count`` shares of about the same number of bytes, each a run in the order of the files.
+
+    Bytes that several segments need are in one share. Cuts fall on pages of the file, and between elements.
+    """
+    ordered = sorted((s for s in segments if s.num_bytes), key=lambda s: (s.file, s.offset))
+    cuts = _cuts(ordered, count)
+    shares: list[list[Segment]] = [[] for _ in range(count)]
+    for segment in ordered:
+        share, start = bisect_right(cuts, (segment.file, segment.offset)), 0
+        for file, position in cuts[share:]:
+            end = (position - segment.offset) // segment.dtype.itemsize
+            if file != segment.file or end >= segment.dest.numel():
+                break
+            _append(shares[share], segment, start, end)
+            share, start = share + 1, end
+        _append(shares[share], segment, start, segment.dest.numel())
+    return shares
+
+
+def num_segment_bytes(segments: Sequence[Segment]) -> int:
+    """Bytes of the files that segments cover, each counted once."""
+    return sum(end - start for _, start, end in _runs(sorted(segments, key=lambda s: (s.file, s.offset))))
+
+
+def _append(share: list[Segment], segment: Segment, start: int, end: int) -> None:
+    if end > start:
+        offset = segment.offset + start * segment.dtype.itemsize
+        share.append(Segment(segment.file, offset, segment.dtype, segment.dest[start:end], segment.name))
+
+
+def _runs(ordered: Sequence[Segment]) -> Iterator[tuple[str, int, int]]:
+    """File, start and end of runs that do not overlap and together cover the segments."""
+    file, reached = "", 0
+    for segment in ordered:
+        if segment.file != file:
+            file, reached = segment.file, 0
+        end = segment.offset + segment.num_bytes
+        if end > reached:
+            yield file, max(segment.offset, reached), end
+            reached = end
+
+
+def _cuts(ordered: Sequence[Segment], count: int) -> list[tuple[str, int]]:
+    """Where, as file and position, each share but the first one starts."""
+    total = num_segment_bytes(ordered)
+    goals = [total * number // count for number in range(1, count)]
+    cuts: list[tuple[str, int]] = []
+    done = 0
+    for file, start, end in _runs(ordered):
+        while len(cuts) < len(goals) and done + end - start > goals[len(cuts)]:
+            position = start + goals[len(cuts)] - done
+            cuts.append((file, max(start, position - position % PAGE_BYTES)))
+        done += end - start
+    return [*cuts, *[("\U0010ffff", 0)] * (len(goals) - len(cuts))]  # empty models: nothing for the later ones
+
+
+@torch.inference_mode()  # which may write to inference tensors as well as to others
+def _broadcast(shares: Sequence[Sequence[Segment]], group: distributed.ProcessGroup) -> None:
+    """Give each share, which the rank of that number has in its memory, to the others."""
+    work: list[Any] = []
+    for rank, share in enumerate(shares):
+        source = distributed.get_global_rank(group, rank)
+        small: list[torch.Tensor] = []
+        for segment in share:
+            raw = segment.dest.view(torch.uint8)
+            if raw.numel() < _SMALL_BYTES:
+                small.append(raw)
+            else:
+                work.append(distributed.broadcast(raw, source, group=group, async_op=True))
+        for batch in _batches(small):
+            _broadcast_together(batch, source, group)
+    for broadcast in work:
+        broadcast.wait()
+
+
+def _batches(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """On one device each, a few MiB at a time."""
+    waiting: dict[torch.device, list[torch.Tensor]] = defaultdict(list)
+    num_bytes: dict[torch.device, int] = defaultdict(int)
+    for tensor in tensors:
+        device = tensor.device
+        waiting[device].append(tensor)
+        num_bytes[device] += tensor.numel()
+        if num_bytes[device] >= _BATCH_BYTES:
+            yield waiting.pop(device)
+            num_bytes[device] = 0
+    yield from waiting.values()
+
+
+def _broadcast_together(tensors: list[torch.Tensor], source: int, group: distributed.ProcessGroup) -> None:
+    flat = torch.cat(tensors)
+    distributed.broadcast(flat, source, group=group)
+    if distributed.get_rank() != source:
+        torch._foreach_copy_(tensors, list(flat.split([t.numel() for t in tensors])))
+
+
+def _node_group(group: distributed.ProcessGroup) -> distributed.ProcessGroup:
+    """The ranks of ``group`` on this node, as a group; all ranks ask at the same time."""
+    if group not in _node_groups:
+        nodes: list[Any] = [None] * group.size()
+        distributed.all_gather_object(nodes, platform.node(), group=group)
+        members = [rank for rank, node in enumerate(nodes) if node == platform.node()]
+        everybody = len(members) == group.size()
+        ranks = [distributed.get_global_rank(group, rank) for rank in members]
+        _node_groups[group] = group if everybody else distributed.new_group(ranks, use_local_synchronization=True)
+    return _node_groups[group]
+
+
+def _device_types(group: distributed.ProcessGroup) -> set[str]:
+    """The kinds of devices whose tensors a group can send, from a configuration such as ``cpu:gloo,cuda:nccl``."""
+    config = distributed.get_backend_config(group)
+    return {part.split(":")[0] for part in config.split(",")}
+
+
+def _is_alive(group: distributed.ProcessGroup) -> bool:
+    return group in distributed.distributed_c10d._world.pg_map
+
+
+def _pickled(error: Exception | None) -> bytes | None:
+    """An exception as bytes that surely become one again."""
+    if error is None:
+        return None
+    try:
+        data = pickle.dumps(error)
+        pickle.loads(data)
+    except Exception:
+        return pickle.dumps(CheckpointError(f"{type(error).__name__}: {error}"))
+    return data

@@ -1,0 +1,62 @@
+"""What Fabric's and the Trainer's sharding strategies share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from lightning_efficient_init.deferred import distribute, initialize_required, postponed_init, watch
+from lightning_efficient_init.init_context import init_context
+from lightning_efficient_init.load.load import run_plan
+from lightning_efficient_init.load.optimizer import read_optimizer_state
+from lightning_efficient_init.load.postponed import has_waiting, take_waiting
+from lightning_efficient_init.load.replicas import Replicas, agreed, replicas_over
+
+
+class ShardsModules:
+    """A strategy whose modules are recorded, sharded, and only then given memory, each rank its part."""
+
+    root_device: torch.device
+
+    def replicas(self) -> Replicas | None:
+        """All ranks, once there are processes: they load together."""
+        return replicas_over(distributed.group.WORLD) if distributed.is_initialized() else None
+
+    def shard(self, module: Module, engine: Callable[[Module], Module]) -> Module:
+        """Let ``engine`` shard a module; then read the checkpoints that were loaded into it before, and watch it."""
+        replicas = self.replicas()
+        with agreed(replicas):
+            sharded = distribute(module, engine, self.root_device, is_empty=has_waiting(module))
+            for plan, settings in take_waiting(sharded):
+                run_plan(plan, settings, replicas=replicas)
+            initialize_required(sharded)
+        watch(sharded)
+        return sharded
+
+    def read_optimizer(self, tree: Any, optimizer: Optimizer, state: Mapping[str, Any], path: str) -> dict[str, Any]:
+        """What ``optimizer`` can load of its saved state: of each parameter's this rank's part.
+
+        Args:
+            tree: The saved state.
+            optimizer: Whose state it will be.
+            state: What is being loaded, among it the model.
+            path: The checkpoint, for messages.
+        """
+        owned = {id(param) for group in optimizer.param_groups for param in group["params"]}
+        models = [value for value in state.values() if isinstance(value, Module)]
+        model = next((m for m in models if any(id(p) in owned for p in m.parameters())), Module())
+        replicas = self.replicas()
+        return read_optimizer_state(tree, optimizer, model, self.root_device, path=path, replicas=replicas)
+
+
+@contextmanager
+def sharded_init_context(device: torch.device, *, empty: bool) -> Iterator[None]:
+    """Construct modules that are going to be sharded: on paper, for ``device``; checkpoints wait for them."""
+    with device, init_context(empty=False), postponed_init(is_optional=empty):
+        yield

@@ -1,0 +1,59 @@
+"""Tensors of which each rank holds a part: which part, in whose memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lightning_efficient_init.sharding.dtensor import block_of, give_local_memory, is_dtensor, like_dtensor
+from lightning_efficient_init.sharding.fsdp import FLAT_NAME, is_flattened, mark_parts, stand_ins, stretch_of
+from lightning_efficient_init.sharding.fully_shard import offloaded, settle
+from lightning_efficient_init.sharding.part import Block, Part, Rows, Stretch
+
+__all__ = [
+    "FLAT_NAME",
+    "Block",
+    "Part",
+    "Rows",
+    "Stretch",
+    "give_local_memory",
+    "is_dtensor",
+    "is_sharded",
+    "like_part",
+    "mark_parts",
+    "offloaded",
+    "part_of",
+    "settle",
+    "shape_of",
+    "stand_ins",
+]
+
+
+def part_of(tensor: Any) -> Part | None:
+    """The part of a tensor that this rank holds, None for one that is whole: a line for each engine."""
+    if is_dtensor(tensor):
+        return block_of(tensor)
+    if is_flattened(tensor):
+        return stretch_of(tensor)
+    return None
+
+
+def shape_of(tensor: Any) -> tuple[int, ...]:
+    """The shape of the whole tensor of which ``tensor`` is this rank's part."""
+    part = None if is_dtensor(tensor) else part_of(tensor)
+    return tuple(tensor.shape) if part is None else part.shape
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether other ranks hold parts of ``tensor`` that this one lacks."""
+    part = part_of(tensor)
+    return part is not None and not part.is_whole
+
+
+def like_part(param: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """A tensor that is cut as ``param`` is, such as a moment of an optimizer, and this rank's memory of it."""
+    part = part_of(param)
+    assert part is not None
+    memory = torch.empty_like(part.memory, dtype=dtype)
+    return (like_dtensor(param, memory) if is_dtensor(param) else memory.view(param.shape)), memory

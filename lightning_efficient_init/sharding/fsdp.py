@@ -1,0 +1,95 @@
+"""The first FSDP: which range of a flat parameter each original parameter has on this rank.
+
+With ``use_orig_params=True`` the original parameters stay objects of the module: flat views into this rank's shard, or
+empty. Without, only flat parameters are left, and a *stand-in* takes the place that each original one had. Either is
+marked with where it belongs; what that is in memory is looked up when somebody asks.
+
+The attributes of flat parameters are private to torch and have had these names from 2.6 to 2.13.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import Module
+
+from lightning_efficient_init.sharding.part import Stretch
+
+FLAT_NAME = "_flat_param"
+_MARK = "_efficient_init_flat"
+
+_stand_ins: weakref.WeakKeyDictionary[Module, dict[str, torch.Tensor]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Place:
+    """Where an original parameter is: which one of which flat parameter."""
+
+    handle: weakref.ref[Any]
+    index: int
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # a copy or a pickle of the parameter is no part of it
+
+
+def mark_parts(module: Module) -> None:
+    """Note, for every parameter below ``module`` that FSDP has flattened, where it is."""
+    for handle in _handles(module):
+        flat = handle.flat_param
+        index_of = {(info.module, info.param_name): index for index, info in enumerate(flat._param_infos)}
+        shared = {
+            (info.module, info.param_name): index_of[info.prim_module, info.prim_param_name]
+            for info in flat._shared_param_infos
+        }
+        stands: dict[int, torch.Tensor] = {}
+        for (owner, name), index in (*index_of.items(), *shared.items()):
+            param = owner._parameters.get(name)
+            if param is None:  # a stand-in, the same one for all names of a tied parameter
+                made = stands.setdefault(index, torch.empty(0, dtype=flat.dtype, device=flat.device))
+                param = _stand_ins.setdefault(owner, {})[name] = made
+            param.__dict__[_MARK] = _Place(weakref.ref(handle), index)
+
+
+def stand_ins(module: Module) -> dict[str, torch.Tensor]:
+    """What stands for the parameters that ``module`` itself has lost to flat ones, by name."""
+    return _stand_ins.get(module, {})
+
+
+def is_flattened(tensor: torch.Tensor) -> bool:
+    """Whether `mark_parts` has seen ``tensor``."""
+    return tensor.__dict__.get(_MARK) is not None
+
+
+def stretch_of(tensor: torch.Tensor) -> Stretch:
+    """What this rank holds of a parameter that FSDP has flattened."""
+    place: _Place = tensor.__dict__[_MARK]
+    handle = place.handle()
+    assert handle is not None, "the model that FSDP wrapped is gone"
+    flat = handle.flat_param
+    shard = getattr(flat, "_local_shard", flat).detach()  # before its first use FSDP has it in the parameter alone
+    info = flat._shard_param_infos[place.index]
+    shape = tuple(flat._shapes[place.index])
+    is_whole = not handle.uses_sharded_strategy or handle.world_size == 1
+    if not info.in_shard:
+        return Stretch(shape, 0, shard[:0], is_whole)
+    memory = shard[info.offset_in_shard : info.offset_in_shard + info.numel_in_shard]
+    return Stretch(shape, info.intra_param_start_idx, memory, is_whole)
+
+
+def parts_of_flat(flat: torch.Tensor) -> list[tuple[str, torch.Tensor, int]]:
+    """The stand-ins for the parameters in a flat one that this rank has something of: name, stand-in, offset."""
+    found = []
+    for info, fqn, shard in zip(flat._param_infos, flat._fqns, flat._shard_param_infos, strict=True):  # type: ignore[attr-defined]
+        if shard.in_shard:
+            found.append((fqn, stand_ins(info.module)[info.param_name], shard.offset_in_shard))
+    return found
+
+
+def _handles(module: Module) -> Iterator[Any]:
+    for child in module.modules():
+        if "_fsdp_wrapped_module" in child._modules and (handle := getattr(child, "_handle", None)) is not None:
+            yield handle

@@ -1,0 +1,74 @@
+"""The FSDP strategy for the Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.plugins.precision.fsdp import FSDPPrecision
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies.fsdp import _setup_activation_checkpointing
+from torch.nn import Module
+
+from lightning_efficient_init.fsdp import KeepsDeclaredDtypes, gathering, is_wrapped, wrap
+from lightning_efficient_init.precision import EfficientInit
+from lightning_efficient_init.sharded import sharded_init_context
+from lightning_efficient_init.trainer.sharded import LoadsParts
+
+
+class _Precision(KeepsDeclaredDtypes, FSDPPrecision):
+    """See `KeepsDeclaredDtypes`."""
+
+
+class EfficientFSDPStrategy(LoadsParts, FSDPStrategy):
+    """Parameters sharded by ``FullyShardedDataParallel``, as ``Trainer(strategy="efficient_init_fsdp")``.
+
+    Construction inside ``trainer.init_module()``, which works before there are processes, and in ``configure_model`` is
+    only recorded. When fitting starts FSDP gets one unit after the other, with the values that one device would have
+    (those of rank 0's seed). Checkpoints of any format may be loaded before, or as ``ckpt_path``; each rank reads the
+    bytes of its part, of the weights and of the optimizers' states. All ranks fail together. It works on a CPU, too.
+
+    It takes the arguments of Lightning's ``FSDPStrategy``. By default the units are the repeated blocks and the rest.
+    """
+
+    strategy_name = "efficient_init_fsdp"
+
+    @property
+    def precision_plugin(self) -> FSDPPrecision:
+        """The plugin; `EfficientInit` in the form that FSDP needs."""
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, precision_plugin: Precision | None) -> None:
+        if isinstance(precision_plugin, EfficientInit):
+            precision_plugin = _Precision(precision_plugin.precision, lambda: self.root_device.type)
+        FSDPStrategy.precision_plugin.fset(self, precision_plugin)  # type: ignore[attr-defined]
+
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Record the construction of modules, in the precision; checkpoints are read once they are sharded."""
+        context = sharded_init_context(self.root_device, empty=bool(empty_init))
+        with self.precision_plugin.tensor_init_context(), context:
+            yield
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """See Lightning's ``FSDPStrategy``."""
+        with gathering():
+            return super().lightning_module_state_dict()
+
+    def _setup_model(self, model: Module) -> Module:
+        return self.shard(model, self._wrap)
+
+    def _wrap(self, module: Module) -> Module:
+        if is_wrapped(module):
+            return FSDPStrategy._setup_model(self, module)
+        options = {
+            "cpu_offload": self.cpu_offload,
+            "mixed_precision": self.mixed_precision_config,
+            "sharding_strategy": self.sharding_strategy,
+        }
+        wrapped = wrap(module, self.root_device, {**options, **self.kwargs})
+        _setup_activation_checkpointing(wrapped, self._activation_checkpointing_kwargs)
+        return wrapped

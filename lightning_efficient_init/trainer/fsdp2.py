@@ -1,0 +1,89 @@
+"""The FSDP2 strategy for the Trainer, with tensor parallelism for those who ask for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning.pytorch as pl
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.nn import Module
+
+from lightning_efficient_init.fsdp2 import SizesMesh, check_parallelized, is_parallelized, shard_blocks
+from lightning_efficient_init.sharded import sharded_init_context
+from lightning_efficient_init.trainer.sharded import LoadsParts
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+class EfficientFSDP2Strategy(SizesMesh, LoadsParts, ModelParallelStrategy):
+    """Parameters sharded by ``fully_shard``, as ``Trainer(strategy="efficient_init_fsdp2")``.
+
+    Construction inside ``trainer.init_module()``, which works before there are processes, and in ``configure_model`` is
+    only recorded. When fitting starts, the model is sharded, and each rank gives its part memory, with the values that
+    one device would have (those of rank 0's seed). Checkpoints of any format may be loaded before, or as ``ckpt_path``;
+    each rank reads the bytes of its part, of the weights and of the optimizers' states. All ranks fail together.
+
+    A ``configure_model`` that shards the module itself, as Lightning's ``ModelParallelStrategy`` asks for, may do so.
+
+    Args:
+        parallelize_fn: Shards the module: called with it and the device mesh, returns it. It sees parameters on the
+            meta device. By default ``fully_shard`` is applied to the repeated blocks, and then to the rest.
+        data_parallel_size: See Lightning's ``ModelParallelStrategy``; all ranks, unless the sizes are given.
+        tensor_parallel_size: See Lightning's ``ModelParallelStrategy``; 1, unless the sizes are given.
+        save_distributed_checkpoint: See Lightning's ``ModelParallelStrategy``.
+        process_group_backend: See Lightning's ``ModelParallelStrategy``.
+        timeout: See Lightning's ``ModelParallelStrategy``.
+    """
+
+    strategy_name = "efficient_init_fsdp2"
+
+    def __init__(
+        self,
+        parallelize_fn: Callable[[Any, DeviceMesh], Any] | None = None,
+        data_parallel_size: Literal["auto"] | int = "auto",
+        tensor_parallel_size: Literal["auto"] | int = "auto",
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        is_default = parallelize_fn is None and tensor_parallel_size == data_parallel_size == "auto"
+        super().__init__(
+            data_parallel_size=data_parallel_size,
+            tensor_parallel_size=1 if is_default else tensor_parallel_size,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+        self._parallelize_fn: Callable[[Any, DeviceMesh], Any] = parallelize_fn or shard_blocks
+
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Record the construction of modules, in the precision; checkpoints are read once they are sharded."""
+        context = sharded_init_context(self.root_device, empty=bool(empty_init))
+        with self.precision_plugin.tensor_init_context(), context:
+            yield
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Shard the module, give each rank its part, and make the optimizers."""
+        assert self.accelerator is not None
+        assert self.model is not None
+        self.accelerator.setup(trainer)
+        self.model = self.shard(self.precision_plugin.convert_module(self.model), self._parallelize)
+        self.barrier()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        if trainer.state.fn == TrainerFn.FITTING:
+            _optimizers_to_device(self.optimizers, self.root_device)
+
+    def _parallelize(self, module: Module) -> Module:
+        if is_parallelized(module):
+            return check_parallelized(module)
+        return check_parallelized(self._parallelize_fn(module, self.device_mesh))

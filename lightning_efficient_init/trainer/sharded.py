@@ -1,0 +1,52 @@
+"""What the Trainer's sharding strategies share: checkpoints of which each rank reads its part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.strategies import Strategy
+
+from lightning_efficient_init.lightning_checkpoint import is_streamable, open_lightning_checkpoint
+from lightning_efficient_init.load.replicas import agreed
+from lightning_efficient_init.load.state_dict import streaming_load_state_dict
+from lightning_efficient_init.sharded import ShardsModules
+
+
+class LoadsParts(ShardsModules, Strategy):
+    """A strategy that restores a module after it has been sharded, through the module's own ``load_state_dict``."""
+
+    _path = "The checkpoint"
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """The Trainer hands over the optimizers' states, which this strategy has not read."""
+        return True
+
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        """The checkpoint, with weights and optimizer states as lazy tensors; a URL is left to Lightning."""
+        self._path = str(checkpoint_path)
+        if not is_streamable(checkpoint_path):
+            kwargs = {} if weights_only is None else {"weights_only": weights_only}
+            return super().load_checkpoint(checkpoint_path, **kwargs)
+        with agreed(self.replicas()):
+            path = checkpoint_path
+            return open_lightning_checkpoint(path, torch.device("cpu"), weights_only=weights_only is not False)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Stream this rank's part of the weights through the module's own ``load_state_dict``."""
+        if is_streamable(self._path):
+            assert self.lightning_module is not None
+            with streaming_load_state_dict():
+                self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Read this rank's part of the optimizers' states."""
+        if not is_streamable(self._path):
+            return
+        assert self.model is not None
+        with agreed(self.replicas()):
+            for optimizer, tree in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+                optimizer.load_state_dict(self.read_optimizer(tree, optimizer, {"model": self.model}, self._path))

@@ -1,0 +1,273 @@
+"""FSDP2 and FSDP under Fabric, by real processes."""
+
+from __future__ import annotations
+
+import os
+
+import lightning as L
+import pytest
+import torch
+from ranks import run_ranks
+from sharded_models import TinyLM, assert_equal_states, eager_model, loss_of, tokens, whole_state
+
+from lightning_efficient_init import EfficientInit, load_checkpoint, uninitialized_parameters
+from lightning_efficient_init.errors import CheckpointError, StateDictMismatchError
+from lightning_efficient_init.fabric import EfficientFSDP2Strategy, EfficientFSDPStrategy
+
+ENGINES = {"fsdp2": EfficientFSDP2Strategy, "fsdp": EfficientFSDPStrategy}
+engines = pytest.mark.parametrize("engine", list(ENGINES))
+
+
+def fabric_of(world_size, strategy, **kwargs):
+    kwargs = {"precision": "32-true", **kwargs} if "plugins" not in kwargs else kwargs
+    strategy = ENGINES[strategy]() if strategy in ENGINES else strategy
+    fabric = L.Fabric(accelerator="cpu", devices=world_size, strategy=strategy, **kwargs)
+    fabric.launch()
+    return fabric
+
+
+def built(fabric, *, empty=False):
+    torch.manual_seed(1 + fabric.global_rank)
+    with fabric.init_module(empty_init=empty):
+        return TinyLM()
+
+
+def _init(rank, world_size, engine):
+    fabric = fabric_of(world_size, engine)
+    model = fabric.setup(built(fabric))
+    assert not uninitialized_parameters(model)
+    assert model.head.weight is model.embed.weight
+    return whole_state(model._forward_module)
+
+
+@engines
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_parameters_and_buffers_are_those_of_one_device(world_size, engine):
+    for state in run_ranks(_init, world_size, world_size, engine):
+        assert_equal_states(state, whole_state(eager_model()))
+
+
+def _load(rank, world_size, path, when, empty, engine):
+    fabric = fabric_of(world_size, engine)
+    model = built(fabric, empty=empty)
+    if when == "before":
+        fabric.load_raw(path, model)
+    if when == "before, by function":
+        report = load_checkpoint(model, path)
+        assert report.num_bytes == 0
+        assert "blocks.1.up.weight" in report.loaded
+    model = fabric.setup(model)
+    if when == "after":
+        fabric.load_raw(path, model)
+    model(tokens())  # warns, which is an error, if anything were not initialized
+    return whole_state(model._forward_module)
+
+
+@engines
+@pytest.mark.parametrize(
+    ("when", "empty"), [("before", True), ("before, by function", False), ("after", True), ("after", False)]
+)
+def test_loading_before_and_after_setup_gives_the_checkpoint(tmp_path, when, empty, engine):
+    expected = eager_model(7)
+    torch.save(expected.state_dict(), tmp_path / "a.pth")
+    for state in run_ranks(_load, 3, 3, tmp_path / "a.pth", when, empty, engine):
+        assert_equal_states(state, whole_state(expected))
+
+
+def _train(fabric, model, optimizer, steps):
+    losses = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = loss_of(model, tokens(10 * step + fabric.global_rank))
+        fabric.backward(loss)
+        optimizer.step()
+        losses.append(fabric.all_reduce(loss.detach()).item())
+    return losses
+
+
+def trainable(model):
+    return [param for param in model.parameters() if param.requires_grad]
+
+
+def setup_for_training(fabric):
+    model = fabric.setup(built(fabric))
+    optimizer = fabric.setup_optimizers(torch.optim.Adam(trainable(model), lr=1e-2))
+    return model, optimizer
+
+
+def _losses(rank, world_size, name):
+    fabric = fabric_of(world_size, name)
+    torch.manual_seed(1)
+    if name == "ddp":
+        model = fabric.setup(TinyLM())
+        optimizer = fabric.setup_optimizers(torch.optim.Adam(trainable(model), lr=1e-2))
+    else:
+        model, optimizer = setup_for_training(fabric)
+    return _train(fabric, model, optimizer, 3)
+
+
+@engines
+def test_training_losses_are_those_of_ddp(engine):
+    ours, theirs = run_ranks(_losses, 2, 2, engine), run_ranks(_losses, 2, 2, "ddp")
+    for found, expected in zip(ours, theirs):
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+def saving(engine, kind):
+    if engine == "fsdp2":
+        return EfficientFSDP2Strategy(save_distributed_checkpoint=kind == "sharded")
+    return EfficientFSDPStrategy(state_dict_type=kind)
+
+
+def _save_and_resume(rank, world_size, path, engine, kind):
+    fabric = fabric_of(world_size, saving(engine, kind))
+    model, optimizer = setup_for_training(fabric)
+    _train(fabric, model, optimizer, 2)
+    fabric.save(path, {"model": model, "optimizer": optimizer, "step": 2})
+    expected = _train(fabric, model, optimizer, 2)
+    model, optimizer = setup_for_training(fabric)
+    state = {"model": model, "optimizer": optimizer, "step": 0}
+    assert fabric.load(path, state) == {}
+    assert state["step"] == 2
+    assert _train(fabric, model, optimizer, 2) == expected
+
+
+@engines
+@pytest.mark.parametrize("kind", ["full"])
+def test_what_is_saved_resumes_with_the_same_losses(tmp_path, engine, kind):
+    run_ranks(_save_and_resume, 2, 2, tmp_path / "a.ckpt", engine, kind)
+
+
+def _bytes_read(rank, path, engine, dim):
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard
+
+    def shard(model, mesh):
+        return fully_shard(model, mesh=mesh["data_parallel"], shard_placement_fn=lambda param: Shard(dim))
+
+    by_dim = EfficientFSDP2Strategy(shard, data_parallel_size=2, tensor_parallel_size=1)
+    fabric = fabric_of(2, by_dim if engine == "fsdp2" else engine)
+    with fabric.init_module(empty_init=True):
+        model = torch.nn.Sequential(*[torch.nn.Linear(512, 2048, bias=False) for _ in range(4)])
+    model = fabric.setup(model)
+    before = bytes_read()
+    report = load_checkpoint(model, path)
+    rchar = bytes_read() - before
+    region = 4 * 512 * 2048 * 4 // 2
+    assert report.num_bytes == region
+    assert report.bytes_per_rank == (region, region)
+    assert rchar <= 1.05 * region
+    return whole_state(model._forward_module)
+
+
+def bytes_read():
+    with open("/proc/self/io") as io:
+        return int(io.readline().split()[1])
+
+
+@pytest.mark.parametrize(("engine", "dim"), [("fsdp2", 0), ("fsdp2", 1), ("fsdp", None)])
+def test_each_rank_reads_its_part_and_no_more(tmp_path, engine, dim):
+    expected = {f"{i}.weight": torch.randn(2048, 512) for i in range(4)}
+    torch.save(expected, tmp_path / "a.pth")
+    for state in run_ranks(_bytes_read, 2, tmp_path / "a.pth", engine, dim):
+        assert_equal_states(state, expected)
+
+
+def _fail(rank, path, engine):
+    fabric = fabric_of(2, engine)
+    model = fabric.setup(built(fabric))
+    before = whole_state(model._forward_module)
+    with pytest.raises(StateDictMismatchError) as caught:
+        fabric.load_raw(f"{path}-{rank}.pth", model)
+    assert_equal_states(whole_state(model._forward_module), before)
+    return str(caught.value)
+
+
+@engines
+def test_what_does_not_fit_on_one_rank_is_raised_on_all_and_nothing_changes(tmp_path, engine):
+    state = eager_model().state_dict()
+    torch.save(state, tmp_path / "a-0.pth")
+    del state["norm.scale"]
+    torch.save(state, tmp_path / "a-1.pth")
+    first, second = run_ranks(_fail, 2, tmp_path / "a", engine)
+    assert first == second
+    assert "norm.scale" in first
+
+
+def _fail_to_read(rank, path, engine):
+    fabric = fabric_of(2, engine)
+    model = fabric.setup(built(fabric))
+    if rank == 1:  # the file ends early, for this rank alone
+        os.truncate(f"{path}-1.pth", os.path.getsize(f"{path}-1.pth") - 9)
+    with pytest.raises(CheckpointError) as caught:
+        fabric.load_raw(f"{path}-{rank}.pth", model)
+    return type(caught.value).__name__, str(caught.value)
+
+
+@engines
+def test_a_rank_that_cannot_read_takes_the_others_down_with_its_message(tmp_path, engine):
+    for rank in range(2):
+        torch.save(eager_model().state_dict(), tmp_path / f"a-{rank}.pth")
+    first, second = run_ranks(_fail_to_read, 2, tmp_path / "a", engine, timeout_s=60)
+    assert first == second
+    assert first[0] == "CorruptCheckpointError"
+    assert "a-1.pth" in first[1]
+
+
+def _precisions(rank, path, precision, is_ours, engine):
+    kwargs = {"plugins": [EfficientInit(precision)]} if is_ours else {"precision": precision}
+    fabric = fabric_of(2, engine, **kwargs)
+    model = built(fabric)
+    fabric.load_raw(path, model)
+    model = fabric.setup(model)
+    loss = loss_of(model, tokens())
+    fabric.backward(loss)
+    assert loss.isfinite()
+    return {name: value for name, value in whole_state(model._forward_module).items() if "metric" not in name}
+
+
+@engines
+@pytest.mark.parametrize(
+    ("precision", "is_ours"), [("bf16-true", True), ("64-true", True), ("bf16-mixed", True), ("bf16-true", False)]
+)
+def test_every_precision_takes_parts(tmp_path, precision, is_ours, engine):
+    expected = eager_model(7)
+    torch.save(expected.state_dict(), tmp_path / "a.pth")
+    dtype = {"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(precision, torch.float32)
+    for state in run_ranks(_precisions, 2, tmp_path / "a.pth", precision, is_ours, engine):
+        for name, value in expected.named_parameters():
+            assert torch.equal(state[name], value.to(dtype)), name
+
+
+def _load_2d(rank, path):
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    def parallelize(model, mesh):
+        for layer in model:
+            parallelize_module(layer, mesh["tensor_parallel"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+            fully_shard(layer, mesh=mesh["data_parallel"])
+        return fully_shard(model, mesh=mesh["data_parallel"])
+
+    fabric = fabric_of(4, EfficientFSDP2Strategy(parallelize, data_parallel_size=2, tensor_parallel_size=2))
+    with fabric.init_module(empty_init=True):
+        model = two_layers()
+    model = fabric.setup(model)
+    report = load_checkpoint(model, path)
+    values = {name: t.full_tensor() for name, t in model.state_dict().items()}
+    model(torch.ones(2, 8))
+    return values, report.num_bytes
+
+
+def two_layers():
+    return torch.nn.Sequential(
+        *[torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8)) for _ in range(2)]
+    )
+
+
+def test_tensor_parallel_and_sharded_parameters_are_loaded(tmp_path):
+    expected = two_layers().state_dict()
+    torch.save(expected, tmp_path / "a.pth")
+    for state, num_bytes in run_ranks(_load_2d, 4, tmp_path / "a.pth"):
+        assert_equal_states(state, expected)
+        assert num_bytes < 0.4 * sum(value.nbytes for value in expected.values())
