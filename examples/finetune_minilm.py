@@ -56,6 +56,11 @@ class SentenceEncoder(L.LightningModule):
         self.bert = BertModel(BertConfig(**config))
         self.held_out: list[tuple[Tensor, Tensor]] = []
 
+    @classmethod
+    def from_folder(cls, learning_rate: float) -> SentenceEncoder:
+        """The sizes of MiniLM, without its weights."""
+        return cls(json.loads((get_model_path() / "config.json").read_text()), learning_rate)
+
     def forward(self, tokens: Tokens) -> Tensor:
         """Embeddings of shape (batch, hidden size)."""
         hidden = self.bert(**tokens).last_hidden_state
@@ -89,12 +94,12 @@ class SentenceEncoder(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=self.hparams["learning_rate"])
 
 
-def build_trainer(args: argparse.Namespace) -> L.Trainer:
-    """A Trainer as usual; the plugin is all there is to it."""
+def build_trainer(args: argparse.Namespace, **kwargs: Any) -> L.Trainer:
+    """A Trainer as usual; the plugin, with these arguments, is all there is to it."""
     return L.Trainer(
         accelerator=args.accelerator,
         devices=1,
-        plugins=[EfficientInit(args.precision)],
+        plugins=[EfficientInit(args.precision, **kwargs)],
         max_steps=args.max_steps,
         max_epochs=-1,
         gradient_clip_val=1.0,
@@ -107,13 +112,17 @@ def build_trainer(args: argparse.Namespace) -> L.Trainer:
 
 def build_pretrained(trainer: L.Trainer, learning_rate: float) -> SentenceEncoder:
     """MiniLM with its published weights: built empty in place, then filled from the file."""
-    folder = get_model_path()
     with trainer.init_module(empty_init=True):
-        model = SentenceEncoder(json.loads((folder / "config.json").read_text()), learning_rate)
-    not_a_weight = {"embeddings.position_ids": None}  # older versions of transformers saved this buffer
-    report = load_checkpoint(model.bert, folder / "model.safetensors", key_map=not_a_weight)
-    console.print(f"[bold]pretrained weights[/]: {report}")
+        model = SentenceEncoder.from_folder(learning_rate)
+    read_pretrained(model)
     return model
+
+
+def read_pretrained(model: SentenceEncoder) -> None:
+    """Stream the published weights into place."""
+    not_a_weight = {"embeddings.position_ids": None}  # older versions of transformers saved this buffer
+    report = load_checkpoint(model.bert, get_model_path() / "model.safetensors", key_map=not_a_weight)
+    console.print(f"[bold]pretrained weights[/]: {report}")
 
 
 def build_loaders(args: argparse.Namespace) -> tuple[DataLoader[Pair], DataLoader[Pair]]:
@@ -149,17 +158,22 @@ def check_equal(trainer: L.Trainer, model: SentenceEncoder, other: SentenceEncod
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """What can be chosen."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, learning_rate=5e-5)
+    parser.add_argument("--checkpoint", type=Path, help="where to save the result; by default it is not kept")
+    parser.add_argument("--rounds", type=int, default=3, help="of the comparison with stock Lightning; 0 skips it")
+    return parser.parse_args(argv)
+
+
+def add_arguments(parser: argparse.ArgumentParser, learning_rate: float) -> None:
+    """What can be chosen of the training."""
     parser.add_argument("--accelerator", default="auto", help="cpu, cuda, or auto (default)")
     parser.add_argument("--precision", default="32-true", help="as for EfficientInit (default: 32-true)")
     parser.add_argument("--max-steps", type=int, default=50)
-    parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--learning-rate", type=float, default=learning_rate)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=24, help="longer texts are cut")
     parser.add_argument("--num-held-out", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--checkpoint", type=Path, help="where to save the result; by default it is not kept")
-    parser.add_argument("--rounds", type=int, default=3, help="of the comparison with stock Lightning; 0 skips it")
-    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -184,10 +198,15 @@ def main(argv: list[str] | None = None) -> None:
             print_comparison(SentenceEncoder, path, args.accelerator, args.precision, args.rounds)
 
 
-if __name__ == "__main__":
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+def ignore_known_warnings() -> None:
+    """Of what has nothing to do with the example."""
     # what Lightning 2.6 itself does with torch 2.13
     warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
     # tokenizing these few texts takes less time than starting processes for it
     warnings.filterwarnings("ignore", ".*does not have many workers", PossibleUserWarning)
+
+
+if __name__ == "__main__":
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    ignore_known_warnings()
     main()

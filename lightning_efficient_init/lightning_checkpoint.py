@@ -8,6 +8,7 @@ is: hyperparameters, ``hparams_file``, ``strict``, ``configure_model`` and the `
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -41,14 +42,28 @@ def open_lightning_checkpoint(
     """
     with eager():
         found = index_tree(path, weights_only=weights_only)
-        if not isinstance(found.tree, dict) or "state_dict" not in found.tree:
+        tree = _in_one_piece(found.tree)
+        if not isinstance(tree, dict) or "state_dict" not in tree:
             raise UnsupportedCheckpointError(
                 f"{path}: expected a Lightning checkpoint, a dict with the key 'state_dict'; found {found.format} with "
                 "bare weights. Load it into a model with lightning_efficient_init.load_checkpoint(model, path)."
             )
-        rest = {key: value for key, value in found.tree.items() if key not in LAZY_KEYS}
-        lazy = {key: lazy_tree(value, device) for key, value in found.tree.items() if key in LAZY_KEYS}
+        rest = {key: value for key, value in tree.items() if key not in LAZY_KEYS}
+        lazy = {key: lazy_tree(value, device) for key, value in tree.items() if key in LAZY_KEYS}
         return {**read_tree(rest, torch.device("cpu")), **lazy}
+
+
+def _in_one_piece(tree: Any) -> Any:
+    """A checkpoint that Lightning saved in a folder, with its parts where they are in a file."""
+    if not isinstance(tree, dict) or "pytorch-lightning_version" not in tree:
+        return tree
+    tree = dict(tree)
+    if "state_dict" not in tree and "model" in tree:  # as FSDP's strategy calls it
+        tree["state_dict"] = tree.pop("model")
+    states = list(itertools.takewhile(lambda key: key in tree, map("optimizer_{}".format, itertools.count())))
+    if states:
+        tree["optimizer_states"] = [tree.pop(key) for key in states]
+    return tree
 
 
 def is_streamable(path: Any) -> bool:

@@ -3,8 +3,9 @@
 How it is counted. What stays is counted tensor by tensor: parameters (quantized ones in the layout of bitsandbytes),
 buffers, gradients, and the optimizer's state, which is found by letting the optimizer step on a small parameter.
 What a load takes beside that follows from the pipeline: its ring on the host, and on the device one slot for each
-thread that casts, or the scratch of tensors that cannot be filled directly. A sharded rank has its share of all that,
-and beside it one block while loading; in a training step, two gathered blocks and what belongs to none.
+thread that casts, and the scratch of tensors that are quantized, or cannot be filled directly. A sharded rank has its
+share of all that, and beside it one block while loading; in a training step, two gathered blocks and what belongs to
+none.
 
 Activations are not in it: they depend on the batch. Nor are the CUDA context and what an allocator keeps in reserve.
 """
@@ -17,11 +18,10 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from typing import Any, Final
 
 import torch
-from torch.nn import Linear, Module, MultiheadAttention, Parameter
+from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,9 +31,12 @@ from lightning_efficient_init.deferred import has_recipe
 from lightning_efficient_init.errors import UsageError
 from lightning_efficient_init.fsdp2 import repeated_blocks
 from lightning_efficient_init.load.keys import KeyMap
+from lightning_efficient_init.load.load import BATCH_BYTES, MAX_BATCHES
 from lightning_efficient_init.load.pipeline import SLOTS_PER_THREAD, Settings, divide
 from lightning_efficient_init.load.plan import LoadPlan, plan_load, unwrap
+from lightning_efficient_init.quantize.choose import choose
 from lightning_efficient_init.sinks import sink_for
+from lightning_efficient_init.sinks.bitsandbytes import PART_BYTES
 
 MakeOptimizer = Callable[[list[Parameter]], Optimizer]
 
@@ -280,9 +283,9 @@ class _Sizes:
     def __init__(self, model: Module, asked: Question) -> None:
         self._asked = asked
         self._dtype = None if asked.precision is None else _DTYPES[asked.precision]
-        quantized = _quantizable(model, asked.skip_modules) if asked.quantize else set()
+        quantized = {id(m.weight) for m in choose([model], asked.skip_modules)} if asked.quantize else set()
         parameters = {id(p): p for p in model.parameters()}
-        self.largest_quantized = max((self._plain(parameters[key]) for key in quantized), default=0)
+        self.quantized_from = [self._plain(parameters[key]) for key in quantized]
         self.of_parameter = {
             key: self._quantized(p) if key in quantized else self._plain(p) for key, p in parameters.items()
         }
@@ -342,26 +345,6 @@ class _Sizes:
         return max([largest, *rest]), sum(rest)
 
 
-def _quantizable(model: Module, skip_modules: Sequence[str]) -> set[int]:
-    """Ids of the weights that are quantized: those of linear layers that are not skipped, tied or read directly."""
-    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-    read_directly = {id(m.out_proj.weight) for m in model.modules() if isinstance(m, MultiheadAttention)}
-    return {
-        id(module.weight)
-        for name, module in model.named_modules()
-        if isinstance(module, Linear)
-        and uses[id(module.weight)] == 1
-        and id(module.weight) not in read_directly
-        and not any(_matches(name, pattern) for pattern in skip_modules)
-    }
-
-
-def _matches(name: str, pattern: str) -> bool:
-    """Globs on whole segments of a path; what is below a match matches."""
-    path, wanted = name.split("."), pattern.split(".")
-    return len(path) >= len(wanted) and all(map(fnmatchcase, path, wanted))
-
-
 @dataclass(frozen=True, slots=True)
 class _OptimizerCost:
     """Bytes for each element of a parameter: what an optimizer keeps, and what it needs for a moment in a step."""
@@ -406,16 +389,18 @@ class _Temporaries(TorchDispatchMode):
 
 def _scratch(sizes: _Sizes, plan: LoadPlan | None, asked: Question) -> int:
     """What the device needs while bytes arrive, beside the tensors that they are for."""
-    if plan is None:
-        return sizes.largest_quantized
+    if plan is None:  # layers are initialized, and quantized, one after the other
+        return max(sizes.quantized_from, default=0)
     tensors = plan.binding.tensors
-    sinks = [sink_for(name, _in_place(tensors[name]), entry).scratch_bytes for name, entry in plan.entries.items()]
-    batch = min(sum(sinks), max([asked.settings.host_buffer_bytes if sum(sinks) else 0, *sinks]))
+    needs = [sink_for(name, _in_place(tensors[name]), entry).scratch_bytes for name, entry in plan.entries.items()]
+    total = sum(needs) + sum(sizes.quantized_from)
+    largest = max([*needs, *(min(PART_BYTES, num_bytes) for num_bytes in sizes.quantized_from), 0])
+    batches = min(total, MAX_BATCHES * max(min(BATCH_BYTES, asked.settings.host_buffer_bytes), largest))
     casting = 0
     if asked.device_type == "cuda" and _is_cast(plan, asked):
         threads, slot_bytes = divide(asked.settings)
         casting = min(threads * slot_bytes, plan.num_bytes)
-    return max(batch, casting) + sizes.largest_quantized
+    return batches + casting
 
 
 def _in_place(tensor: torch.Tensor) -> torch.Tensor:
@@ -442,7 +427,7 @@ def _host(plan: LoadPlan | None, asked: Question) -> int:
     if plan is None:
         return 0
     index = _ENTRY_BYTES * len(plan.entries)
-    if asked.device_type == "cpu" and asked.quantize is None and not _is_cast(plan, asked):
+    if asked.device_type == "cpu" and not _is_cast(plan, asked):
         return index  # bytes go straight to the parameters
     threads, slot_bytes = divide(asked.settings)
     ring = min(plan.num_bytes, threads * SLOTS_PER_THREAD * slot_bytes)

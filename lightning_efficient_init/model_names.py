@@ -33,9 +33,14 @@ def constructor_of(name: str, arguments: Sequence[Any] | Mapping[str, Any] = ())
         return partial(build, name)
     if ":" in name:
         return _of_callable(name, arguments)
-    if os.path.isdir(name) or "/" in name:
+    if is_hugging_face(name):
         return _of_hugging_face(name)
     return _of_litgpt(name)
+
+
+def is_hugging_face(name: str) -> bool:
+    """Whether the name is that of a Hugging Face folder, or of a model on the hub."""
+    return os.path.isdir(name) or ("/" in name and ":" not in name)
 
 
 def _of_callable(name: str, arguments: Sequence[Any] | Mapping[str, Any]) -> Callable[[], Module]:
@@ -59,17 +64,18 @@ def _of_hugging_face(name: str) -> Callable[[], Module]:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UsageError(f"model {name!r}: expected a configuration of transformers; {error}") from error
+    config.dtype = None  # the precision decides, not what the model was saved in
     return partial(AutoModelForCausalLM.from_config, config)
 
 
 def _of_litgpt(name: str) -> Callable[[], Module]:
-    choices = f"{', '.join(SIZES)}, many, TENSORSxELEMENTS, MODULE:CALLABLE, or a Hugging Face folder"
-    _require("litgpt", name, f"It is none of {choices}. ")
+    choices = f"expected {', '.join(SIZES)}, many, TENSORSxELEMENTS, MODULE:CALLABLE, or a Hugging Face folder"
+    _require("litgpt", name, f"{choices}. ")
     from litgpt import GPT, Config  # noqa: PLC0415
     from litgpt.config import name_to_config  # noqa: PLC0415
 
     if name not in name_to_config:
-        raise UsageError(f"model {name!r}: expected {choices}, or the name of a litgpt configuration.")
+        raise UsageError(f"model {name!r}: {choices}, or the name of a litgpt configuration.")
     return partial(GPT, Config.from_name(name))
 
 

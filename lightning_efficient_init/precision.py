@@ -73,6 +73,7 @@ class EfficientInit(trainer_precision.Precision):
         if precision not in get_args(PrecisionName):
             raise ValueError(f"precision must be one of {', '.join(get_args(PrecisionName))}; found {precision!r}.")
         self.precision = precision
+        self.quantize = quantize
         self._quantizer = _quantizer(precision, quantize, skip_modules)
         self._is_in_trainer = False
         self._delegate: Any = None

@@ -17,6 +17,7 @@ from lightning_efficient_init.load.load import run_plan
 from lightning_efficient_init.load.optimizer import read_optimizer_state
 from lightning_efficient_init.load.postponed import has_waiting, take_waiting
 from lightning_efficient_init.load.replicas import Replicas, agreed, replicas_over
+from lightning_efficient_init.quantize import QuantizationError, QuantizedLayer
 
 
 class ShardsModules:
@@ -30,6 +31,7 @@ class ShardsModules:
 
     def shard(self, module: Module, engine: Callable[[Module], Module]) -> Module:
         """Let ``engine`` shard a module; then read the checkpoints that were loaded into it before, and watch it."""
+        refuse_quantized(next((m.mode for m in module.modules() if isinstance(m, QuantizedLayer)), None))
         replicas = self.replicas()
         with agreed(replicas):
             sharded = distribute(module, engine, self.root_device, is_empty=has_waiting(module))
@@ -53,6 +55,19 @@ class ShardsModules:
         model = next((m for m in models if any(id(p) in owned for p in m.parameters())), Module())
         replicas = self.replicas()
         return read_optimizer_state(tree, optimizer, model, self.root_device, path=path, replicas=replicas)
+
+
+def refuse_quantized(mode: str | None) -> None:
+    """Raise if weights are, or are going to be, quantized: their parts mean nothing by themselves.
+
+    Raises:
+        QuantizationError: They are.
+    """
+    if mode is not None:
+        raise QuantizationError(
+            f'quantize="{mode}" does not go with a strategy that shards parameters: packed weights and their '
+            'statistics cannot be cut. Use strategy="efficient_init" or "efficient_init_ddp", or leave quantize out.'
+        )
 
 
 @contextmanager

@@ -19,7 +19,7 @@ def bytes_read():
         return int(next(line for line in io if line.startswith(b"rchar:")).split()[1])
 
 
-def load(model, path, precision, accelerator, optimizer=None):
+def load(model, path, precision, accelerator, optimizer=None, quantize=None):
     """Build, load, and step once if there is an optimizer; peaks of the host, of the device, and bytes read."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)

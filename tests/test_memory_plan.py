@@ -63,6 +63,21 @@ def test_predictions_are_what_a_process_takes(case, tmp_path, device):
     assert plan.bytes_read <= read <= plan.bytes_read + count * 4096 + 16 * MIB
 
 
+@pytest.mark.parametrize("mode", ["int8", "nf4", "nf4-dq"])
+def test_predictions_are_what_a_quantized_load_takes(mode, tmp_path, device):
+    model = built("0.1B", torch.bfloat16)
+    torch.save({name: torch.ones(t.shape).bfloat16() for name, t in model.state_dict().items()}, tmp_path / "a.pth")
+    kwargs = {"precision": "bf16-true", "quantize": mode, "device_type": device.type}
+    plan = plan_memory(model, tmp_path / "a.pth", **kwargs)
+    host, on_device, read = in_fresh_process(
+        measured.load, "0.1B", str(tmp_path / "a.pth"), "bf16-true", device.type, quantize=mode
+    )
+    assert plan.final_bytes < 0.7 * sum(parameter.nbytes for parameter in model.parameters())
+    assert_close(plan.host_peak_bytes, host)
+    assert_close(plan.device_peak_bytes if device.type == "cuda" else 0, on_device)
+    assert plan.bytes_read <= read <= 1.05 * plan.bytes_read
+
+
 def test_tensors_that_are_stored_transposed_need_scratch(tmp_path):
     model = nn.Linear(4096, 4096, bias=False)
     torch.save({"weight": model.weight.detach().t().contiguous().t()}, tmp_path / "a.pth")

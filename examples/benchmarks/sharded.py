@@ -3,8 +3,8 @@
     python examples/benchmarks/sharded.py --strategy fsdp2 --model 7B --devices 2      # GPUs; 14 GB of disk
     python examples/benchmarks/sharded.py --strategy fsdp --model tiny --devices 2     # CPUs, if there are no GPUs
 
-Every row runs in fresh processes, one for each device, that talk through NCCL or gloo. The file was written just before,
-so it is in the page cache. The clock starts when all processes have met, libraries are imported and CUDA is
+Every row runs in fresh processes, one for each device, that talk through NCCL or gloo. The file was written just
+before, so it is in the page cache. The clock starts when all processes have met, libraries are imported and CUDA is
 initialized, and stops when the last one has its last value: construction, sharding and loading together.
 """
 

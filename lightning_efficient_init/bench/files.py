@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import Module
 
 from lightning_efficient_init.bench.task import Task
 from lightning_efficient_init.checkpoint import index_checkpoint
 from lightning_efficient_init.errors import UsageError
-from lightning_efficient_init.model_names import constructor_of
+from lightning_efficient_init.model_names import constructor_of, is_hugging_face
 
 NUM_SHARDS = 3
 _INDEX = "model.safetensors.index.json"
@@ -54,16 +56,20 @@ def write_files(task: Task, folder: str, forms: Iterable[str]) -> dict[str, str]
     Returns:
         Form to path.
     """
-    weights = _random_weights(task)
-    return {form: str(_WRITERS[form](task, weights, Path(folder))) for form in sorted(set(forms))}
+    model = _random_model(task)
+    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    paths = {form: str(_WRITERS[form](task, weights, Path(folder))) for form in sorted(set(forms))}
+    if is_hugging_face(task.model) and "safetensors" in paths:
+        model.config.save_pretrained(paths["safetensors"])  # type: ignore[union-attr, operator]
+    return paths
 
 
-def _random_weights(task: Task) -> dict[str, Tensor]:
+def _random_model(task: Task) -> Module:
     default = torch.get_default_dtype()
     torch.set_default_dtype(task.dtype)
     try:
         with task.device:
-            return {name: tensor.cpu() for name, tensor in constructor_of(task.model)().state_dict().items()}
+            return constructor_of(task.model)()
     finally:
         torch.set_default_dtype(default)
 
@@ -80,10 +86,19 @@ def _write_shards(task: Task, weights: Mapping[str, Tensor], folder: Path) -> Pa
     for i in range(NUM_SHARDS):
         file = f"model-{i + 1:05d}-of-{NUM_SHARDS:05d}.safetensors"
         part = keys[i * len(keys) // NUM_SHARDS : (i + 1) * len(keys) // NUM_SHARDS]
-        save_file({key: weights[key].contiguous() for key in part}, folder / file)
+        save_file(_untied({key: weights[key] for key in part}), folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
-    (folder / _INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (folder / _INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
+
+
+def _untied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor in memory of its own, as safetensors wants them."""
+    memories = Counter(tensor.untyped_storage().data_ptr() for tensor in weights.values())
+    return {
+        key: tensor.clone() if memories[tensor.untyped_storage().data_ptr()] > 1 else tensor.contiguous()
+        for key, tensor in weights.items()
+    }
 
 
 def _write_lightning(task: Task, weights: Mapping[str, Tensor], folder: Path) -> Path:

@@ -93,9 +93,7 @@ def _num_threads() -> int:
 
 
 def _memory(num_bytes: int) -> memoryview:
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(memory)
+    return memoryview(mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 def _into(memory: memoryview, *, is_reused: bool) -> _Worker:

@@ -88,6 +88,17 @@ def _accelerate(fabric: L.Fabric, model: Module, task: Task) -> None:
     load_checkpoint_in_model(model, task.paths["safetensors"], device_map={"": device}, dtype=task.dtype)
 
 
+def from_pretrained(task: Task) -> Iterator[Module | None]:
+    """Transformers builds the model itself; this is a way of its own."""
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+
+    yield None
+    device = 0 if task.accelerator == "cuda" else "cpu"
+    yield AutoModelForCausalLM.from_pretrained(
+        task.paths["safetensors"], dtype=task.dtype, device_map={"": device}, local_files_only=True
+    )
+
+
 PEERS: Mapping[str, Peer] = {
     "safetensors": Peer("safetensors, load_file", ("safetensors",), _filling(_safetensors), mapped_on=("cpu",)),
     "safetensors-copy": Peer(

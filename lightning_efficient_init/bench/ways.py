@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.fabric.plugins import BitsandbytesPrecision
 from lightning.fabric.utilities.load import _lazy_load
 from torch.nn import Module
 
@@ -16,7 +17,7 @@ from lightning_efficient_init.bench import peers
 from lightning_efficient_init.bench.files import LoadedModule
 from lightning_efficient_init.bench.task import Task
 from lightning_efficient_init.load import load_checkpoint
-from lightning_efficient_init.model_names import constructor_of
+from lightning_efficient_init.model_names import constructor_of, is_hugging_face
 from lightning_efficient_init.precision import EfficientInit
 
 Run = Callable[[Task], Iterator[Module | None]]
@@ -37,6 +38,7 @@ class Way:
         accelerators: Where it runs.
         mapped_on: Accelerators on which parameters end in the file's mapping, not in memory of their own.
         is_exact: Whether the loaded values are those of the file.
+        needs_hugging_face: Whether it loads Hugging Face models only.
     """
 
     title: str
@@ -48,6 +50,7 @@ class Way:
     accelerators: tuple[str, ...] = ("cpu", "cuda")
     mapped_on: tuple[str, ...] = ()
     is_exact: bool = True
+    needs_hugging_face: bool = False
 
     def obstacle(self, task: Task, available_bytes: int) -> str | None:
         """Why it cannot run here, or None.
@@ -60,6 +63,8 @@ class Way:
             return f"needs {' and '.join(missing)}, which is not installed"
         if task.accelerator not in self.accelerators:
             return f"runs on {' or '.join(self.accelerators)} only"
+        if self.needs_hugging_face and not is_hugging_face(task.model):
+            return "loads Hugging Face models only; pass the name or the folder of one as --model"
         if self.form not in task.paths:
             return f"reads {self.form}; the checkpoint is {' and '.join(task.paths)}"
         copies = self.host_copies + (task.accelerator == "cpu" and task.accelerator not in self.mapped_on)
@@ -75,6 +80,18 @@ def _stock_fabric(task: Task, **kwargs: Any) -> L.Fabric:
 def _our_fabric(task: Task, **kwargs: Any) -> L.Fabric:
     plugin = EfficientInit(task.precision, **kwargs)  # type: ignore[arg-type]
     return L.Fabric(accelerator=task.accelerator, devices=1, strategy="efficient_init", plugins=[plugin])
+
+
+def _bitsandbytes_fabric(mode: Literal["int8", "nf4"]) -> Callable[[Task], L.Fabric]:
+    def make(task: Task) -> L.Fabric:
+        dtype = torch.float16 if mode == "int8" else torch.bfloat16  # int8 takes no other
+        return L.Fabric(accelerator=task.accelerator, devices=1, plugins=[BitsandbytesPrecision(mode, dtype=dtype)])
+
+    return make
+
+
+def _quantizing_fabric(mode: str) -> Callable[[Task], L.Fabric]:
+    return lambda task: _our_fabric(task, quantize=mode)
 
 
 def _trainer(task: Task, **kwargs: Any) -> L.Trainer:
@@ -153,6 +170,12 @@ def _map(fabric: L.Fabric, model: Module, task: Task) -> object:
     return load_checkpoint(model, task.paths["pth"], mmap=True)
 
 
+_QUANTIZED: tuple[tuple[str, Literal["int8", "nf4"], str, Callable[[L.Fabric, Module, Task], object]], ...] = (
+    ("int8-lazy", "int8", "lazy loader", _load_lazily),
+    ("int8-mmap", "int8", "torch.load(mmap=True)", _load_mapped),
+    ("nf4-mmap", "nf4", "torch.load(mmap=True)", _load_mapped),
+)
+
 LIGHTNING: Mapping[str, Way] = {
     "naive": Way("build on the CPU in float32, torch.load, move", "Lightning", "pth", _naive, host_copies=3),
     "device": Way("with device: build in float32, torch.load", "Lightning", "pth", _under_device, host_copies=1),
@@ -172,6 +195,18 @@ LIGHTNING: Mapping[str, Way] = {
         accelerators=("cpu",),
         mapped_on=("cpu",),
     ),
+    **{
+        name: Way(
+            f"BitsandbytesPrecision('{mode}'), {title}",
+            "Lightning",
+            "pth",
+            _in_fabric(_bitsandbytes_fabric(mode), load),
+            packages=("bitsandbytes",),
+            accelerators=("cuda",),  # it quantizes there only
+            is_exact=False,
+        )
+        for name, mode, title, load in _QUANTIZED
+    },
     "trainer": Way(
         "Trainer.init_module, load_from_checkpoint",
         "Lightning",
@@ -196,6 +231,17 @@ OURS: Mapping[str, Way] = {
         accelerators=("cpu",),
         mapped_on=("cpu",),
     ),
+    **{
+        f"ours-{mode}": Way(
+            f"quantize='{mode}', load_raw",
+            "ours",
+            "pth",
+            _in_fabric(_quantizing_fabric(mode), _load_raw("pth")),
+            packages=("bitsandbytes",),
+            is_exact=False,
+        )
+        for mode in ("int8", "nf4")
+    },
     "ours-trainer": Way(
         "Trainer.init_module, load_from_checkpoint",
         "ours",
@@ -216,6 +262,16 @@ OTHERS: Mapping[str, Way] = {
         mapped_on=peer.mapped_on,
     )
     for name, peer in peers.PEERS.items()
+} | {
+    "transformers": Way(
+        "transformers, from_pretrained",
+        "others",
+        "safetensors",
+        peers.from_pretrained,
+        packages=("transformers", "accelerate"),
+        mapped_on=("cpu",),
+        needs_hugging_face=True,
+    )
 }
 
 WAYS: Mapping[str, Way] = {**LIGHTNING, **OURS, **OTHERS}

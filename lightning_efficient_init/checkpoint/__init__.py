@@ -7,7 +7,7 @@ One file per format (`torch_zip.py`, `torch_legacy.py`, `safetensors.py`, `huggi
 `LazyTensor`.
 """
 
-from lightning_efficient_init.checkpoint.entry import Entry
+from lightning_efficient_init.checkpoint.entry import Chunk, Entry
 from lightning_efficient_init.checkpoint.format import CheckpointFormat, CheckpointTree
 from lightning_efficient_init.checkpoint.index import FORMATS, CheckpointIndex, index_checkpoint, index_tree
 from lightning_efficient_init.checkpoint.lazy import LazyTensor, lazy_tree, read_entry
@@ -19,6 +19,7 @@ __all__ = [
     "CheckpointFormat",
     "CheckpointIndex",
     "CheckpointTree",
+    "Chunk",
     "Entry",
     "LazyTensor",
     "Weights",

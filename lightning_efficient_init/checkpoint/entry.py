@@ -19,12 +19,15 @@ class Entry:
     Two entries with equal fields are the same tensor (a tie in the checkpoint); entries whose extents overlap share
     a storage. Elements are little endian; every offset and size has been checked against the file.
 
+    A tensor that is stored in several chunks has an entry that names them; its own position is that of the first one.
+
     Attributes:
         file: Absolute path of the file that holds the bytes.
         offset: Position of the tensor's first element in the file, in bytes.
         dtype: Element type as stored.
         shape: Sizes, in elements.
         stride: Strides, in elements; never negative.
+        chunks: The blocks that it is stored in, where it is not in one piece.
     """
 
     file: str
@@ -32,6 +35,7 @@ class Entry:
     dtype: torch.dtype
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    chunks: tuple[Chunk, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -49,9 +53,27 @@ class Entry:
         return layout_of(self.shape, self.stride).extent * self.dtype.itemsize
 
     @property
+    def pieces(self) -> tuple[Entry, ...]:
+        """The entries of its chunks; itself, if it is in one piece."""
+        return tuple(chunk.entry for chunk in self.chunks) if self.chunks else (self,)
+
+    @property
     def is_contiguous(self) -> bool:
-        """Whether the elements follow each other in row-major order, without gaps."""
-        return layout_of(self.shape, self.stride).is_contiguous
+        """Whether the elements follow each other in the file in row-major order, without gaps."""
+        return not self.chunks and layout_of(self.shape, self.stride).is_contiguous
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A block of a tensor that is stored on its own.
+
+    Attributes:
+        offsets: Where in the tensor it starts, in each dim.
+        entry: The block.
+    """
+
+    offsets: tuple[int, ...]
+    entry: Entry
 
 
 class Layout(NamedTuple):

@@ -8,10 +8,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from lightning_efficient_init.checkpoint.deepspeed import DeepSpeedFolder
+from lightning_efficient_init.checkpoint.distributed import DistributedFolder
 from lightning_efficient_init.checkpoint.file import CheckpointFile
 from lightning_efficient_init.checkpoint.format import CheckpointFormat, CheckpointTree
 from lightning_efficient_init.checkpoint.huggingface import HuggingFaceFolder
-from lightning_efficient_init.checkpoint.refused import DeepSpeedFolder, DistributedFolder, refuse
+from lightning_efficient_init.checkpoint.refused import refuse
 from lightning_efficient_init.checkpoint.safetensors import Safetensors
 from lightning_efficient_init.checkpoint.torch_legacy import LegacyTorch
 from lightning_efficient_init.checkpoint.torch_zip import TorchZip

@@ -227,10 +227,23 @@ def read_entry(entry: Entry, device: torch.device | str = "cpu") -> torch.Tensor
     with torch.inference_mode(mode=False):
         if torch.device(device).type == "meta" or entry.numel == 0:
             return torch.empty_strided(entry.shape, entry.stride, dtype=entry.dtype, device=device)
+        if entry.chunks:
+            return _assemble(entry, device)
         flat = torch.empty(entry.extent_bytes, dtype=torch.uint8, device="cpu")
         with CheckpointFile(entry.file) as file:
             file.read_into(_memory_of(flat), entry.offset, "a tensor")
         return flat.to(device).view(entry.dtype).as_strided(entry.shape, entry.stride)
+
+
+def _assemble(entry: Entry, device: torch.device | str) -> torch.Tensor:
+    """Reads a tensor that is stored in chunks."""
+    whole = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
+    for chunk in entry.chunks:
+        block = whole
+        for dim, (start, size) in enumerate(zip(chunk.offsets, chunk.entry.shape, strict=True)):
+            block = block.narrow(dim, start, size)
+        block.copy_(read_entry(chunk.entry))
+    return whole.to(device)
 
 
 def lazy_tree(tree: Any, device: torch.device | str = "cpu") -> Any:

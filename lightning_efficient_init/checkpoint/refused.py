@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from typing import Final
 
-from lightning_efficient_init.checkpoint.format import CheckpointTree
 from lightning_efficient_init.checkpoint.wording import DOWNLOAD_AGAIN, explain, listing
 from lightning_efficient_init.errors import (
     CheckpointError,
@@ -37,48 +36,6 @@ _OTHER_FILES: Final = (
 )
 
 
-class DistributedFolder:
-    """A folder of torch.distributed.checkpoint."""
-
-    name = "torch distributed checkpoint folder"
-
-    def recognize(self, path: str, head: bytes | None) -> bool:
-        """Whether the folder has that kind's metadata."""
-        return head is None and os.path.isfile(os.path.join(path, ".metadata"))
-
-    def read(self, path: str, *, weights_only: bool) -> CheckpointTree:
-        """Refuses it."""
-        raise UnsupportedCheckpointError(
-            explain(
-                path,
-                expected="a checkpoint in one piece, or a Hugging Face folder",
-                found=f"a {self.name}",
-                todo="Convert it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.",
-            )
-        )
-
-
-class DeepSpeedFolder:
-    """A folder of DeepSpeed ZeRO."""
-
-    name = "DeepSpeed folder"
-
-    def recognize(self, path: str, head: bytes | None) -> bool:
-        """Whether the folder, or one below it, has DeepSpeed's files."""
-        return head is None and any(map(_has_deepspeed_files, [path, *_subfolders(path)]))
-
-    def read(self, path: str, *, weights_only: bool) -> CheckpointTree:
-        """Refuses it."""
-        raise UnsupportedCheckpointError(
-            explain(
-                path,
-                expected="a checkpoint in one piece, or a Hugging Face folder",
-                found=f"a {self.name}",
-                todo="Convert it with the script zero_to_fp32.py that DeepSpeed puts into the folder.",
-            )
-        )
-
-
 def refuse(path: str, head: bytes | None, formats: Sequence[str]) -> CheckpointError:
     """Makes the error for what no format recognizes.
 
@@ -98,18 +55,3 @@ def refuse(path: str, head: bytes | None, formats: Sequence[str]) -> CheckpointE
             return UnsupportedCheckpointError(explain(path, expected=known, found=found, todo=todo))
     found = f"a file that starts with {head[:16]!r}" if head else "an empty file"
     return CorruptCheckpointError(explain(path, expected=known, found=found, todo=DOWNLOAD_AGAIN))
-
-
-def _has_deepspeed_files(folder: str) -> bool:
-    return any(name == "zero_to_fp32.py" or name.endswith("_model_states.pt") for name in _names(folder))
-
-
-def _subfolders(path: str) -> list[str]:
-    return [child for name in _names(path)[:100] if os.path.isdir(child := os.path.join(path, name))]
-
-
-def _names(folder: str) -> list[str]:
-    try:
-        return sorted(os.listdir(folder))
-    except OSError:
-        return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from lightning_efficient_init.checkpoint.file import CheckpointFile
@@ -33,23 +34,37 @@ class TorchZip:
     def read(self, path: str, *, weights_only: bool) -> CheckpointTree:
         """Reads the tree; raises as `index_checkpoint` does."""
         with CheckpointFile(path) as file:
-            archive = _Archive(file)
-            tree = archive.unpickle() if weights_only else archive.unpickle_trusted()
-            return CheckpointTree(path, self.name, (file.path,), archive.resolve(tree))
+            return CheckpointTree(path, self.name, (file.path,), read_archive(file, weights_only=weights_only))
+
+
+def read_archive(
+    file: CheckpointFile, *, weights_only: bool, start: int = 0, stand_ins: Mapping[str, Any] | None = None
+) -> Any:
+    """Reads the tree of one archive.
+
+    Args:
+        file: The archive.
+        weights_only: See `index_checkpoint`.
+        start: How many bytes before the archive's first one entries' positions count from.
+        stand_ins: Harmless classes to be used in the place of those that its pickle names.
+    """
+    archive = _Archive(file, start)
+    return archive.resolve(archive.unpickle(stand_ins or {}) if weights_only else archive.unpickle_trusted())
 
 
 class _Archive:
     """One open archive of ``torch.save``."""
 
-    def __init__(self, file: CheckpointFile) -> None:
+    def __init__(self, file: CheckpointFile, start: int = 0) -> None:
         self._file = file
+        self._start = start
         self._zip = ZipArchive(file)
         self._root = self._find_root()
         self._offsets: dict[Any, int] = {}
         self._check_byte_order()
 
-    def unpickle(self) -> Any:
-        unpickler = SafeUnpickler(self._read_pickle(), 0, stored_storage, self._file.path)
+    def unpickle(self, stand_ins: Mapping[str, Any]) -> Any:
+        unpickler = SafeUnpickler(self._read_pickle(), 0, stored_storage, self._file.path, stand_ins)
         try:
             return unpickler.load()
         except TruncatedPickleError:
@@ -81,7 +96,7 @@ class _Archive:
             raise StorageError(
                 f"storage {shorten(key)!r} of {storage.num_bytes} bytes", f"{member.num_bytes} bytes of it"
             )
-        return self._zip.data_offset(member)
+        return self._start + self._zip.data_offset(member)
 
     def _read_pickle(self) -> bytes:
         member = self._zip.members[self._root + _PICKLE]

@@ -34,8 +34,9 @@ import pickle
 import re
 import struct
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -265,11 +266,18 @@ class SafeUnpickler:
         pos: Position in the data: after `load`, that of the first byte after the program.
     """
 
-    def __init__(self, data: bytes, pos: int, persistent_load: Callable[[Any], Any], file: str) -> None:
+    def __init__(
+        self,
+        data: bytes,
+        pos: int,
+        persistent_load: Callable[[Any], Any],
+        file: str,
+        stand_ins: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         self._data = data
         self._file = file
         self._persistent_load = persistent_load
-        self._allowed = _allowed_by_user()
+        self._allowed = {**_allowed_by_user(), **stand_ins}
         self._allowed_ids = {id(value) for value in self._allowed.values()}
         self._start(pos, skips=True)
 

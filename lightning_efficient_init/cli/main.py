@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 if it did what was asked, 1 if it could not (the reason is on standard error).
     """
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         status: int = _COMMANDS[options.command].run(options)
         return status
@@ -34,10 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="efficient-init", description="Checkpoints and models: look, plan, measure.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+def parser() -> argparse.ArgumentParser:
+    """What the command line understands."""
+    whole = argparse.ArgumentParser(prog="efficient-init", description="Checkpoints and models: look, plan, measure.")
+    commands = whole.add_subparsers(dest="command", required=True, metavar="command")
     for name, command in _COMMANDS.items():
         text = (command.__doc__ or "").splitlines()[0]
         command.add_arguments(commands.add_parser(name, help=text, description=text))
-    return parser
+    return whole

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from lightning_efficient_init.deferred.audit import UninitializedParameterWarning, uninitialized_parameters, watch
-from lightning_efficient_init.deferred.distribute import distribute, fill_own, initialize_required, keep_recipes
+from lightning_efficient_init.deferred.distribute import (
+    distribute,
+    fill_own,
+    initialize_required,
+    keep_recipes,
+    move_whole,
+    share_buffers,
+)
 from lightning_efficient_init.deferred.materialize import (
     allocate,
     claim,
@@ -45,11 +52,13 @@ __all__ = [
     "keep_recipes",
     "layerwise_init",
     "materialize",
+    "move_whole",
     "postponed_init",
     "recording",
     "reseed",
     "seeds",
     "settle",
+    "share_buffers",
     "undisturbed",
     "uninitialized_parameters",
     "watch",

@@ -14,6 +14,7 @@ from lightning_efficient_init.deferred.recipe import Op, Recipe, operations_for,
 from lightning_efficient_init.deferred.replay import evaluate
 from lightning_efficient_init.deferred.sharded import evaluate_each
 from lightning_efficient_init.errors import DeferredParameterError, shorten
+from lightning_efficient_init.sharding import refresh
 
 
 def is_deferred(module_or_tensor: torch.nn.Module | torch.Tensor) -> bool:
@@ -136,6 +137,7 @@ def initialize(model: torch.nn.Module, names: Iterable[str] | None = None) -> li
         done = [name for name, p in params.items() if has_recipe(p)]
         evaluate(deferred, deliver=lambda recipe, storage: parameter.give_memory(deferred[recipe], storage))
         evaluate_each((audit.window_of(p), partial(audit.fill, p)) for p in {id(p): p for p in empty}.values())
+        refresh(empty)
         recurrent.flatten(layers)
     return done
 

@@ -18,7 +18,7 @@ from lightning_efficient_init.fabric.streaming import StreamsCheckpoints
 from lightning_efficient_init.fsdp import KeepsDeclaredDtypes, gathering, is_wrapped, wrap
 from lightning_efficient_init.lightning_checkpoint import is_streamable
 from lightning_efficient_init.precision import EfficientInit
-from lightning_efficient_init.sharded import ShardsModules, sharded_init_context
+from lightning_efficient_init.sharded import ShardsModules, refuse_quantized, sharded_init_context
 
 
 class _Precision(KeepsDeclaredDtypes, FSDPPrecision):
@@ -43,6 +43,7 @@ class EfficientFSDPStrategy(ShardsModules, StreamsCheckpoints, FSDPStrategy):
     @precision.setter
     def precision(self, precision: Precision | None) -> None:
         if isinstance(precision, EfficientInit):
+            refuse_quantized(precision.quantize)
             precision = _Precision(precision.precision, lambda: self.root_device.type)
         FSDPStrategy.precision.fset(self, precision)  # type: ignore[attr-defined]
 

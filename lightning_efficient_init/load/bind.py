@@ -26,8 +26,8 @@ from lightning_efficient_init.load import own_code
 from lightning_efficient_init.load.keys import strip_wrappers
 from lightning_efficient_init.quantize import QuantizedLayer, QuantizedParameter
 from lightning_efficient_init.quantize.state import adopt, find, full_shape
-from lightning_efficient_init.sharding import FLAT_NAME, stand_ins
-from lightning_efficient_init.sinks import shape_of
+from lightning_efficient_init.sharding import FLAT_NAME, is_partitioned, shown_whole, stand_ins
+from lightning_efficient_init.sinks import obstacle, shape_of
 
 Shape = tuple[int, ...]
 
@@ -79,7 +79,7 @@ class StateTree:
 
     @classmethod
     def of(cls, module: Module, *, settled: bool = False) -> StateTree:
-        """Walk through ``module``; when what was put off until its tensors are written is done, if ``settled``."""
+        """Walk through ``module``; if ``settled``, once what waits for the end of a recording has been done to it."""
         if settled:
             settle(module)
         modules = list(_walk(module))
@@ -195,10 +195,16 @@ def _bind_by_name(tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any],
         value = state.get(name, binding)
         if value is binding:  # which is no value
             binding.missing.append(name)
-        elif type(value) is Entry and value.shape == shape_of(tensor) and not _is_expanded(tensor):
+        elif _fits_plainly(tensor, value):
             entries[name] = value
         else:
             _offer(binding, name, tensor, value)
+
+
+def _fits_plainly(tensor: torch.Tensor, value: Any) -> bool:
+    """Whether ``value`` is what nearly all are: an entry in one piece, of the tensor's shape."""
+    is_whole = type(value) is Entry and not value.chunks
+    return is_whole and value.shape == shape_of(tensor) and not _is_expanded(tensor)
 
 
 def _bind_special(
@@ -218,7 +224,8 @@ def _bind_special(
             used.update(found)
             continue
         if isinstance(module, QuantizedLayer):
-            used |= _bind_quantized(module, prefix, state, binding)
+            with torch._C.DisableTorchFunction():
+                used |= _bind_quantized(module, prefix, state, binding)
         if type(module).set_extra_state is not Module.set_extra_state:
             used.add(_bind_extra_state(module, prefix + _EXTRA_STATE_KEY_SUFFIX, state, binding))
     return used
@@ -278,6 +285,8 @@ def _offer(binding: Binding, name: str, tensor: torch.Tensor, value: Any, shape:
             f"{name}: expected memory for each of its elements, found a tensor of shape {list(expected)} that was "
             "expanded, in which several elements are one: call .contiguous() on it when the model is built"
         )
+    elif isinstance(source, Entry) and (reason := obstacle(tensor, source)) is not None:
+        binding.errors.append(f"{name}: {reason}")
     elif isinstance(source, Entry):
         binding.entries[name] = source
     else:
@@ -314,7 +323,10 @@ def _read(leaf: Entry | LazyTensor, _: object) -> torch.Tensor:
 def _bind_custom(module: Module, prefix: str, state: dict[str, Any], metadata: Any, binding: Binding) -> None:
     """Ask the loading code of ``module``, and of what is in it, what it would copy."""
     own = named_state(module)
-    answer = own_code.ask(module, own, {key[len(prefix) :]: value for key, value in state.items()}, metadata)
+    with shown_whole(own.values()):
+        answer = own_code.ask(module, own, {key[len(prefix) :]: value for key, value in state.items()}, metadata)
+    if not answer.is_plain and any(map(is_partitioned, own.values())):
+        answer.errors.append("has loading code of its own that writes to parameters, of which ZeRO-3 keeps parts only")
     if answer.is_plain:
         for name, value in answer.copies.items():
             _offer(binding, prefix + name, own[name], value)

@@ -76,7 +76,8 @@ def plan_reads(segments: Sequence[Segment], max_read_bytes: int) -> list[Read]:
 def num_unique_bytes(entries: Iterable[Entry]) -> int:
     """Bytes of the files that the entries cover, bytes that several of them share counted once."""
     total, last_file, end = 0, "", 0
-    for file, offset, num_bytes in sorted([(entry.file, entry.offset, entry.extent_bytes) for entry in entries]):
+    pieces = [piece for entry in entries for piece in (entry.pieces if entry.chunks else (entry,))]
+    for file, offset, num_bytes in sorted([(piece.file, piece.offset, piece.extent_bytes) for piece in pieces]):
         if file != last_file:
             last_file, end = file, 0
         stop = offset + num_bytes

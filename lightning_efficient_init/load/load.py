@@ -24,7 +24,7 @@ from lightning_efficient_init.load.postponed import must_wait, postpone
 from lightning_efficient_init.load.replicas import Replicas, agreed, replicas_of
 from lightning_efficient_init.load.report import LoadReport, Meter
 from lightning_efficient_init.quantize import parts_of
-from lightning_efficient_init.sharding import is_sharded, part_of
+from lightning_efficient_init.sharding import is_sharded, part_of, refresh
 from lightning_efficient_init.sinks import Segment, Sink, sinks_for
 
 # Scratch memory on the device, together 128 MiB. Four batches keep a dozen threads busy while one is worked on.
@@ -143,6 +143,7 @@ def _write(
                 stream(_sinks(sharded), settings, meter)
                 stream(_sinks(_others(wave, sharded)), settings, meter, sharing)
         _note_writes([tensor for _, tensor, _ in pairs])
+        refresh(tensor for _, tensor, _ in pairs)
     with torch.inference_mode():  # which may write to inference tensors as well as to others
         for tensor, value in writes.values:
             _copy_value(tensor, value)

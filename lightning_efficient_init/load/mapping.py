@@ -105,6 +105,8 @@ def _refuse_unmappable(pairs: Pairs) -> None:
 def _obstacle(tensor: torch.Tensor, entry: Entry) -> str | None:
     if tensor.device.type != "cpu":
         return f"the model has it on {tensor.device}"
+    if entry.chunks:
+        return f"the checkpoint has it in {len(entry.chunks)} pieces"
     if type(tensor) not in PLAIN_TYPES:
         return f"the model has a {type(tensor).__name__}"
     if tensor.dtype != entry.dtype:

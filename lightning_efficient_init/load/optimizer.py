@@ -18,8 +18,8 @@ from lightning_efficient_init.load.pipeline import Settings
 from lightning_efficient_init.load.replicas import Replicas
 from lightning_efficient_init.load.report import Meter
 from lightning_efficient_init.load.tree import read_tree
-from lightning_efficient_init.sharding import like_part, part_of
-from lightning_efficient_init.sinks import PartSink
+from lightning_efficient_init.sharding import is_flattened, like_part, part_of
+from lightning_efficient_init.sinks import Sink, sink_for_part
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,21 +55,26 @@ def read_optimizer_state(
     """
     params = [param for group in optimizer.param_groups for param in group["params"]]
     saved = _match(tree, params, model, path)
-    sinks: list[PartSink] = []
+    sinks: list[Sink] = []
+    num_bytes = 0
     rest: dict[int, dict[str, Any]] = {}
     state: dict[int, dict[str, Any]] = {}
     for number, (param, found) in enumerate(zip(params, saved, strict=True)):
         state[number], rest[number] = {}, {}
+        if param.numel() == 0 and is_flattened(param):
+            continue  # FSDP's optimizers have no state where a rank has nothing of a parameter
         for key, value in found.state.items():
             entry = value.entry if isinstance(value, LazyTensor) else value
             part = part_of(param)
             if part is not None and isinstance(entry, Entry) and entry.shape == part.shape and entry.shape:
                 made, memory = like_part(param, entry.dtype)
                 state[number][key] = made
-                sinks.append(PartSink(f"{key} of parameter {number}", replace(part, memory=memory), entry))  # type: ignore[type-var]
+                here = replace(part, memory=memory)  # type: ignore[type-var]
+                sinks.append(sink_for_part(f"{key} of parameter {number}", here, entry))
+                num_bytes += memory.nbytes
             else:
                 rest[number][key] = value
-    with Meter(sum(sink.part.memory.nbytes for sink in sinks), {device}, progress=None) as meter:
+    with Meter(num_bytes, {device}, progress=None) as meter:
         stream(sinks, Settings(), meter)
     for number, values in read_tree(rest, device, replicas=replicas).items():
         state[number] |= values

@@ -16,7 +16,7 @@ from lightning_efficient_init.garbage import collections_paused
 from lightning_efficient_init.load.bind import Binding, Shape, StateTree, bind
 from lightning_efficient_init.load.extents import num_unique_bytes
 from lightning_efficient_init.load.keys import KeyMap, match_keys, rename_modules
-from lightning_efficient_init.sharding import part_of
+from lightning_efficient_init.sharding import is_engine, part_of
 
 _WRAPPED_AS = ("_original_module", "_orig_mod")  # by Fabric, by torch.compile
 
@@ -182,10 +182,10 @@ def _lines(names: list[str]) -> str:
 
 
 def unwrap(model: Module) -> Module:
-    """The user's own module inside wrappers of Fabric, ``torch.compile`` and DDP."""
+    """The user's own module inside wrappers of Fabric, ``torch.compile``, DDP and DeepSpeed."""
     while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
+        if isinstance(model, DistributedDataParallel) or is_engine(model):
+            model = model.get_submodule("module")
         elif (inner := next((name for name in _WRAPPED_AS if name in model._modules), None)) is not None:
             model = model.get_submodule(inner)
         else:

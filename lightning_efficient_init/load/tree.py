@@ -11,7 +11,7 @@ from lightning_efficient_init.load.load import stream
 from lightning_efficient_init.load.pipeline import Settings
 from lightning_efficient_init.load.replicas import Replicas
 from lightning_efficient_init.load.report import Meter
-from lightning_efficient_init.sinks import PlainSink
+from lightning_efficient_init.sinks import sink_for
 
 
 def read_tree(
@@ -45,6 +45,6 @@ def read_tree(
     result = map_leaves(tree, (Entry, LazyTensor), reserve)
     with Meter(sum(entry.extent_bytes for entry in tensors), {device}, progress=None) as meter:
         sharing = replicas and replicas.confirm([names, device.type, settings])
-        sinks = [PlainSink(name, tensors[entry], entry) for entry, name in names.items()]
+        sinks = [sink_for(name, tensors[entry], entry) for entry, name in names.items()]
         stream(sinks, settings or Settings(), meter, sharing)
     return result

@@ -17,6 +17,7 @@ weights at the first forward, which loses bits of doubly quantized statistics; t
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -443,6 +444,26 @@ class Linear8bit(QuantizedLayer, bnb.nn.Linear8bitLt):  # type: ignore[misc]
         return out.view(*x.shape[:-1], out.shape[-1])  # type: ignore[no-any-return]
 
 
+class _Once(logging.Filter):
+    """Lets each message pass once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_new = message not in self._seen
+        self._seen.add(message)
+        return is_new
+
+
+@cache
+def _hear_once() -> None:
+    """Each forward of each int8 layer would say that it computes in float16."""
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_Once())
+
+
 def replace(layer: nn.Module, mode: str, compute_dtype: torch.dtype, *, is_transposed: bool) -> QuantizedLayer:
     """Make ``layer`` a quantized one in place. Its weight is left as it is, for who gives it values.
 
@@ -464,6 +485,7 @@ def replace(layer: nn.Module, mode: str, compute_dtype: torch.dtype, *, is_trans
         attributes |= {"compute_dtype": compute_dtype, "compute_type_is_set": True, "quant_state": None}
         attributes |= {"quant_storage": torch.uint8, "support_avx512bf16_for_cpu": False}
     else:
+        _hear_once()
         if mode == "int8":
             attributes |= {"packing": Packing8bit(mode, shape, weight.dtype, is_transposed)}
         attributes |= {"state": _matmul_state(mode), "index": None}

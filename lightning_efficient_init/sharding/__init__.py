@@ -10,6 +10,14 @@ from lightning_efficient_init.sharding.dtensor import block_of, give_local_memor
 from lightning_efficient_init.sharding.fsdp import FLAT_NAME, is_flattened, mark_parts, stand_ins, stretch_of
 from lightning_efficient_init.sharding.fully_shard import offloaded, settle
 from lightning_efficient_init.sharding.part import Block, Part, Rows, Stretch
+from lightning_efficient_init.sharding.zero3 import (
+    is_engine,
+    is_partitioned,
+    partition,
+    partition_of,
+    refresh,
+    shown_whole,
+)
 
 __all__ = [
     "FLAT_NAME",
@@ -19,14 +27,21 @@ __all__ = [
     "Stretch",
     "give_local_memory",
     "is_dtensor",
+    "is_engine",
+    "is_flattened",
+    "is_partitioned",
     "is_sharded",
     "like_part",
     "mark_parts",
     "offloaded",
     "part_of",
+    "partition",
+    "refresh",
     "settle",
     "shape_of",
+    "shown_whole",
     "stand_ins",
+    "whole_part",
 ]
 
 
@@ -34,6 +49,8 @@ def part_of(tensor: Any) -> Part | None:
     """The part of a tensor that this rank holds, None for one that is whole: a line for each engine."""
     if is_dtensor(tensor):
         return block_of(tensor)
+    if is_partitioned(tensor):
+        return partition_of(tensor)
     if is_flattened(tensor):
         return stretch_of(tensor)
     return None
@@ -56,4 +73,12 @@ def like_part(param: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, to
     part = part_of(param)
     assert part is not None
     memory = torch.empty_like(part.memory, dtype=dtype)
+    if is_partitioned(param):
+        return memory, memory
     return (like_dtensor(param, memory) if is_dtensor(param) else memory.view(param.shape)), memory
+
+
+def whole_part(tensor: torch.Tensor) -> Part:
+    """All of a tensor that is whole, as a part."""
+    shape = tuple(tensor.shape)
+    return Block(shape, tuple(((0, size),) for size in shape), tensor, is_whole=True)

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from lightning_efficient_init.sinks.choose import shape_of, sink_for, sinks_for
+from lightning_efficient_init.sinks.choose import obstacle, shape_of, sink_for, sink_for_part, sinks_for
+from lightning_efficient_init.sinks.chunks import ChunkSink
 from lightning_efficient_init.sinks.part import PartSink
 from lightning_efficient_init.sinks.plain import PLAIN_TYPES, PlainSink
 from lightning_efficient_init.sinks.sink import Segment, Sink
 
-__all__ = ["PLAIN_TYPES", "PartSink", "PlainSink", "Segment", "Sink", "shape_of", "sink_for", "sinks_for"]
+__all__ = [
+    "PLAIN_TYPES",
+    "ChunkSink",
+    "PartSink",
+    "PlainSink",
+    "Segment",
+    "Sink",
+    "obstacle",
+    "shape_of",
+    "sink_for",
+    "sink_for_part",
+    "sinks_for",
+]

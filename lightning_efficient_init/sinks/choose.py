@@ -9,8 +9,9 @@ import torch
 from lightning_efficient_init import sharding
 from lightning_efficient_init.checkpoint import Entry
 from lightning_efficient_init.quantize.layers import QuantizedParameter, plain
-from lightning_efficient_init.sharding import part_of
+from lightning_efficient_init.sharding import Part, part_of, whole_part
 from lightning_efficient_init.sinks.bitsandbytes import quantizing_sinks
+from lightning_efficient_init.sinks.chunks import ChunkSink
 from lightning_efficient_init.sinks.part import PartSink
 from lightning_efficient_init.sinks.plain import PlainSink
 from lightning_efficient_init.sinks.sink import Sink
@@ -28,7 +29,14 @@ def sink_for(name: str, tensor: torch.Tensor, entry: Entry) -> Sink:
     if isinstance(tensor, QuantizedParameter):
         return PlainSink(name, plain(tensor), entry)  # it was quantized before
     part = part_of(tensor)
-    return PlainSink(name, tensor, entry) if part is None else PartSink(name, part, entry)
+    if part is None and not entry.chunks:
+        return PlainSink(name, tensor, entry)
+    return sink_for_part(name, whole_part(tensor) if part is None else part, entry)
+
+
+def sink_for_part(name: str, part: Part, entry: Entry) -> Sink:
+    """The sink that fills this rank's part of a tensor."""
+    return ChunkSink(name, part, entry) if entry.chunks else PartSink(name, part, entry)
 
 
 def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -36,3 +44,13 @@ def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
     if isinstance(tensor, QuantizedParameter):
         return tensor.packing.source_shape
     return sharding.shape_of(tensor)
+
+
+def obstacle(tensor: torch.Tensor, entry: Entry) -> str | None:
+    """Why no sink can fill ``tensor`` from ``entry``, in spite of their shapes; None if one can."""
+    if isinstance(tensor, QuantizedParameter) and entry.chunks:
+        return (
+            f"expected a checkpoint that has it in one piece, to quantize it block by block, found {len(entry.chunks)} "
+            "chunks: save the model in one file (state_dict_type='full', or save_distributed_checkpoint=False)"
+        )
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning_efficient_init.trainer.ddp import EfficientDDPStrategy
+from lightning_efficient_init.trainer.deepspeed import EfficientDeepSpeedStrategy
 from lightning_efficient_init.trainer.fsdp import EfficientFSDPStrategy
 from lightning_efficient_init.trainer.fsdp2 import EfficientFSDP2Strategy
 from lightning_efficient_init.trainer.mixin import ConfigureModelMixin
@@ -11,6 +12,7 @@ from lightning_efficient_init.trainer.single_device import EfficientSingleDevice
 __all__ = [
     "ConfigureModelMixin",
     "EfficientDDPStrategy",
+    "EfficientDeepSpeedStrategy",
     "EfficientFSDP2Strategy",
     "EfficientFSDPStrategy",
     "EfficientSingleDeviceStrategy",

@@ -11,10 +11,11 @@ from lightning.pytorch.plugins.precision.fsdp import FSDPPrecision
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.strategies.fsdp import _setup_activation_checkpointing
 from torch.nn import Module
+from torch.optim import Optimizer
 
 from lightning_efficient_init.fsdp import KeepsDeclaredDtypes, gathering, is_wrapped, wrap
 from lightning_efficient_init.precision import EfficientInit
-from lightning_efficient_init.sharded import sharded_init_context
+from lightning_efficient_init.sharded import refuse_quantized, sharded_init_context
 from lightning_efficient_init.trainer.sharded import LoadsParts
 
 
@@ -34,6 +35,7 @@ class EfficientFSDPStrategy(LoadsParts, FSDPStrategy):
     """
 
     strategy_name = "efficient_init_fsdp"
+    _wrapped: Module | None = None
 
     @property
     def precision_plugin(self) -> FSDPPrecision:
@@ -43,6 +45,7 @@ class EfficientFSDPStrategy(LoadsParts, FSDPStrategy):
     @precision_plugin.setter
     def precision_plugin(self, precision_plugin: Precision | None) -> None:
         if isinstance(precision_plugin, EfficientInit):
+            refuse_quantized(precision_plugin.quantize)
             precision_plugin = _Precision(precision_plugin.precision, lambda: self.root_device.type)
         FSDPStrategy.precision_plugin.fset(self, precision_plugin)  # type: ignore[attr-defined]
 
@@ -58,8 +61,16 @@ class EfficientFSDPStrategy(LoadsParts, FSDPStrategy):
         with gathering():
             return super().lightning_module_state_dict()
 
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """See Lightning's ``FSDPStrategy``."""
+        with gathering():
+            return super().optimizer_state(optimizer)
+
     def _setup_model(self, model: Module) -> Module:
-        return self.shard(model, self._wrap)
+        """Wrap the module, once: it keeps its parameters when it is tested after it has been trained."""
+        if self._wrapped is None or self._wrapped._modules.get("_fsdp_wrapped_module") is not model:
+            self._wrapped = self.shard(model, self._wrap)
+        return self._wrapped
 
     def _wrap(self, module: Module) -> Module:
         if is_wrapped(module):

@@ -9,7 +9,7 @@ import torch
 import torchmetrics
 
 import lightning_efficient_init.checkpoint as checkpoint
-from lightning_efficient_init.checkpoint import index_checkpoint, index_tree, weights_of
+from lightning_efficient_init.checkpoint import index_checkpoint, index_tree, read_entry, weights_of
 from lightning_efficient_init.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -139,20 +139,29 @@ def test_a_folder_without_weights_is_reported_with_what_is_in_it(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_torch_distributed_folder_is_refused_by_name(tmp_path):
+def test_a_torch_distributed_folder_of_bare_weights_is_read(tmp_path):
     import torch.distributed.checkpoint as dcp
 
     dcp.save({"w": torch.ones(2)}, checkpoint_id=tmp_path / "dcp")
-    with pytest.raises(UnsupportedCheckpointError, match=r"torch distributed checkpoint folder.*dcp_to_torch"):
-        index_checkpoint(tmp_path / "dcp")
+    found = index_checkpoint(tmp_path / "dcp")
+    assert found.format == "torch distributed checkpoint folder"
+    assert torch.equal(read_entry(found.weights["w"]), torch.ones(2))
 
 
-def test_a_deepspeed_folder_is_refused_by_name(tmp_path):
+def test_a_deepspeed_folder_of_whole_weights_is_read(tmp_path):
     (tmp_path / "checkpoint").mkdir()
-    save({"module": {}}, tmp_path / "checkpoint" / "mp_rank_00_model_states.pt")
+    save({"module": WEIGHTS, "ds_version": "0"}, tmp_path / "checkpoint" / "mp_rank_00_model_states.pt")
     for folder in (tmp_path, tmp_path / "checkpoint"):
-        with pytest.raises(UnsupportedCheckpointError, match=r"DeepSpeed folder.*zero_to_fp32"):
-            index_checkpoint(folder)
+        index = index_checkpoint(folder)
+        assert index.format == "DeepSpeed folder"
+        assert list(index.weights) == list(WEIGHTS)
+
+
+def test_a_deepspeed_folder_of_model_parallel_training_is_refused(tmp_path):
+    for rank in range(2):
+        save({"module": WEIGHTS}, tmp_path / f"mp_rank_0{rank}_model_states.pt")
+    with pytest.raises(UnsupportedCheckpointError, match="mp_rank_01_model_states"):
+        index_checkpoint(tmp_path)
 
 
 def test_garbage_collection_is_as_it_was_afterwards(tmp_path):

@@ -74,11 +74,20 @@ def llama_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("accelerator", ACCELERATORS)
 def test_the_fabric_snippet_runs(accelerator, llama_file):
-    model = run(snippet_with("fabric.load_raw"), accelerator, LLaMA=LLaMA)["model"]
+    model = run(snippet_with('plugins=[EfficientInit("bf16-true")]'), accelerator, LLaMA=LLaMA)["model"]
     saved = torch.load(llama_file)
     for name, value in model.state_dict().items():
         assert value.device.type == accelerator
         assert torch.equal(value.cpu(), saved[name].bfloat16())
+
+
+@pytest.mark.parametrize("accelerator", ACCELERATORS)
+def test_the_snippet_on_quantized_models_runs(accelerator, llama_file):
+    pytest.importorskip("bitsandbytes")
+    names = {"L": L, "EfficientInit": EfficientInit, "LLaMA": LLaMA}
+    model = run(snippet_with('quantize="nf4"'), accelerator, **names)["model"]
+    assert type(model.layers[1].weight).__name__ == "Params4bit"
+    assert model.layers[1].weight.device.type == accelerator
 
 
 @pytest.mark.filterwarnings(
@@ -119,8 +128,16 @@ def test_the_plan_load_snippet_runs(llama_file, capsys):
     assert str(num_bytes) in capsys.readouterr().out
 
 
+def test_the_plan_memory_snippet_runs(llama_file, capsys):
+    names = run(snippet_with("plan_memory("), "cpu", LLaMA=LLaMA, torch=torch)
+    numel = sum(parameter.numel() for parameter in LLaMA.from_name("7B").parameters())
+    printed = [int(word) for word in capsys.readouterr().out.split()]
+    assert printed[0] == 4 * numel
+    assert names["plan"].device["optimizer state"] == 2 * 2 * numel
+
+
 def test_every_snippet_is_run_here():
-    assert len(SNIPPETS) == 4
+    assert len(SNIPPETS) == 5
 
 
 def test_precisions_are_those_of_the_plugin():

@@ -5,6 +5,7 @@ import logging
 import lightning as L
 import pytest
 import torch
+from lightning_models import ADVICE, Regression, loader, quiet_trainer
 from quantized_models import Mixed, NamedLinear, assert_quantized_as_by_bitsandbytes, build_eagerly, built
 from quantized_models import quantizing_fabric as quantizing
 from torch import nn
@@ -218,6 +219,23 @@ def test_quantize_goes_with_16_and_32_bits_only():
         EfficientInit("bf16-true", skip_modules=["lm_head"])
     with pytest.raises(TypeError, match="sequence"):
         EfficientInit("bf16-true", quantize="nf4", skip_modules="lm_head")
+
+
+@ADVICE
+@pytest.mark.parametrize("name", ["efficient_init_fsdp", "efficient_init_fsdp2"])
+@pytest.mark.parametrize("library", ["fabric", "trainer"])
+def test_strategies_that_shard_parameters_refuse(name, library, tmp_path):
+    plugin = EfficientInit("bf16-true", quantize="nf4")
+    with pytest.raises(QuantizationError, match="does not go with a strategy that shards"):
+        if library == "fabric":
+            fabric = L.Fabric(accelerator="cpu", devices=1, strategy=name, plugins=[plugin])
+            fabric.launch()
+            fabric.setup(built(fabric, Stack))
+        else:
+            trainer = quiet_trainer(plugins=[plugin], strategy=name)
+            with trainer.init_module():
+                model = Regression(width=32)
+            trainer.fit(model, loader())
 
 
 def test_tensors_made_in_init_tensor_are_real():

@@ -222,6 +222,7 @@ def test_it_runs_unchanged_on_several_devices(weights, strategy):
     assert_equal_states(trained[0], trained[1])
 
 
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")  # of Lightning 2.6
 def test_it_runs_under_the_command_line(weights, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["cli"])
     quiet = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "logger": False, "enable_checkpointing": False}

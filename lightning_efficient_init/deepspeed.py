@@ -1,0 +1,153 @@
+"""What Fabric's and the Trainer's DeepSpeed strategies share: ZeRO-3 partitions made from recipes, and precision.
+
+Construction is recorded, as for every strategy that shards; so code that touches weights afterwards, ``apply(init_fn)``
+for one, is recorded along with it. At setup one parameter after the other runs its recipe, is handed to
+``deepspeed.zero.Init``, which keeps this rank's part, and is gone: no rank ever has more than one parameter whole.
+Inside ``deepspeed.zero.Init`` as a context, which is how it is meant, modules see partitions of zero elements.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import cache, partial
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.precision.utils import _DtypeContextManager
+from torch.nn import Module
+
+from lightning_efficient_init.checkpoint.deepspeed import DeepSpeedFolder
+from lightning_efficient_init.deferred import initialize_required, move_whole, share_buffers
+from lightning_efficient_init.deferred.audit import keep
+from lightning_efficient_init.deferred.recipe import Ref
+from lightning_efficient_init.deferred.sharded import agree, evaluate_each, release, windows
+from lightning_efficient_init.load.load import run_plan
+from lightning_efficient_init.load.postponed import has_waiting, take_waiting
+from lightning_efficient_init.load.replicas import agreed
+from lightning_efficient_init.patching import ScopedPatch
+from lightning_efficient_init.precision import cast_module
+from lightning_efficient_init.sharded import ShardsModules
+from lightning_efficient_init.sharding import is_partitioned, partition
+
+
+def make_partitions(module: Module, engine: Any, device: torch.device, *, is_empty: bool) -> Module:
+    """Give a deferred module's parameters values, one at a time, of which each rank keeps its part.
+
+    Args:
+        module: The module; what is real in it is partitioned as rank 0 has it.
+        engine: A ``deepspeed.zero.Init``.
+        device: Where parameters are used.
+        is_empty: Whether parameters are left without values, their recipes at hand.
+    """
+    refs = windows(module)
+    agree(refs.values(), device)
+    release(module)
+    wanted = []
+    for param, ref in _unique(refs):
+        is_left = (is_empty or ref.recipe.is_optional) and not ref.recipe.is_loaded
+        if is_left and ref.dtype.is_floating_point:
+            partition(param, torch.empty(ref.size, dtype=ref.dtype, device=device), engine)
+            keep(param, ref)
+        else:
+            wanted.append((ref, partial(partition, param, engine=engine)))
+    evaluate_each(wanted, device)
+    engine._convert_to_zero_parameters([p for p in module.parameters() if not is_partitioned(p)])
+    move_whole(module, device)
+    share_buffers(module)
+    return module
+
+
+def _unique(refs: dict[tuple[Module, str], Ref]) -> Iterator[tuple[Any, Ref]]:
+    """Parameters, tied ones once, with their recipes."""
+    seen: set[int] = set()
+    for (child, name), ref in refs.items():
+        param = child._parameters.get(name)
+        if param is not None and id(param) not in seen:
+            seen.add(id(param))
+            yield param, ref
+
+
+class PartitionsModules(ShardsModules):
+    """A strategy that partitions deferred modules by ZeRO-3, and runs on the CPU as well."""
+
+    config: Any
+    remote_device: str | None
+    parallel_devices: Any
+    _config_initialized: bool
+
+    def make_partitions(self, module: Module) -> Module:
+        """Partition a module, and read the checkpoints that were loaded into it before."""
+        import deepspeed  # noqa: PLC0415 (an optional dependency, slow to import)
+
+        engine = deepspeed.zero.Init(remote_device=self.remote_device, config_dict_or_path=self.config)
+        replicas = self.replicas()
+        with agreed(replicas):
+            make_partitions(module, engine, self.root_device, is_empty=has_waiting(module))
+            for plan, settings in take_waiting(module):
+                run_plan(plan, settings, replicas=replicas)
+            initialize_required(module)
+        return module
+
+
+def use_cpu() -> None:
+    """Let DeepSpeed compute on the CPU, whatever else there is, and without compiling its own way of communicating."""
+    from deepspeed.accelerator import set_accelerator  # noqa: PLC0415 (an optional dependency)
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator  # noqa: PLC0415
+
+    class _CPU(CPU_Accelerator):  # type: ignore[misc]
+        def create_op_builder(self, op_name: str) -> Any:
+            return None if op_name == "ShareMemCommBuilder" else super().create_op_builder(op_name)
+
+    set_accelerator(_CPU())
+
+
+@cache
+def initializing() -> ScopedPatch:
+    """While Lightning calls ``deepspeed.initialize``: what it takes for the index of a GPU may be None on the CPU."""
+    import deepspeed  # noqa: PLC0415 (an optional dependency, slow to import)
+
+    return ScopedPatch(deepspeed, "initialize", _initialize)
+
+
+def _initialize(original: Callable[..., Any], *, args: Any, **kwargs: Any) -> Any:
+    args.device_rank = args.device_rank or 0
+    return original(args=args, **kwargs)
+
+
+def check_stage(config: dict[str, Any]) -> None:
+    """Refuse the stages that leave each rank with all parameters."""
+    stage = config.get("zero_optimization", {}).get("stage")
+    if stage != _STAGE:
+        raise ValueError(
+            f"EfficientDeepSpeedStrategy partitions parameters, which is stage 3 of ZeRO; found stage {stage}. Set "
+            "stage=3, or choose strategy='efficient_init_ddp', or Lightning's 'deepspeed' for the other stages."
+        )
+
+
+def is_deepspeed_folder(path: Any) -> bool:
+    """Whether DeepSpeed's own engine has saved ``path``."""
+    return os.path.isdir(path) and DeepSpeedFolder().recognize(os.fspath(path), None)
+
+
+_STAGE = 3
+
+
+class BuildsInDtype:
+    """`EfficientInit` as DeepSpeed has it: its engine casts and scales, and keeps master weights in float32.
+
+    To be mixed into Lightning's ``DeepSpeedPrecision``, before it.
+    """
+
+    precision: Any
+    _desired_dtype: torch.dtype
+
+    def tensor_init_context(self) -> AbstractContextManager[Any]:
+        """Tensors are created in the dtype that DeepSpeed computes in, also where it is called mixed."""
+        return _DtypeContextManager(self._desired_dtype)
+
+    def convert_module(self, module: Module) -> Module:
+        """Cast parameters, and buffers that have no dtype of their own."""
+        cast_module(module, self._desired_dtype)
+        return module

@@ -1,0 +1,141 @@
+"""The DeepSpeed strategy for Fabric."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.fabric.plugins.precision import DeepSpeedPrecision, Precision
+from lightning.fabric.strategies import DeepSpeedStrategy
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.fabric.utilities.types import _PATH
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from lightning_efficient_init.deepspeed import (
+    BuildsInDtype,
+    PartitionsModules,
+    check_stage,
+    initializing,
+    is_deepspeed_folder,
+    use_cpu,
+)
+from lightning_efficient_init.deferred import watch
+from lightning_efficient_init.errors import UnsupportedCheckpointError
+from lightning_efficient_init.fabric.streaming import StreamsCheckpoints
+from lightning_efficient_init.lightning_checkpoint import is_streamable
+from lightning_efficient_init.precision import EfficientInit
+from lightning_efficient_init.sharded import sharded_init_context
+
+
+class _Precision(BuildsInDtype, DeepSpeedPrecision):
+    """`EfficientInit` for DeepSpeed."""
+
+
+class EfficientDeepSpeedStrategy(PartitionsModules, StreamsCheckpoints, DeepSpeedStrategy):
+    """ZeRO-3, as ``Fabric(strategy="efficient_init_deepspeed_stage_3")``, on GPUs and on the CPU.
+
+    Construction inside ``fabric.init_module()`` is only recorded. ``fabric.setup`` partitions one parameter after the
+    other, with the values that one device would have (those of rank 0's seed). Checkpoints of any format may be loaded
+    before or after; each rank reads the bytes of its partition, and ``strict`` means it. Folders that DeepSpeed has
+    saved are restored by DeepSpeed, optimizer states included.
+
+    It takes the arguments of Lightning's ``DeepSpeedStrategy``; ``stage`` is 3.
+
+    Raises:
+        ValueError: The configuration asks for another stage.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"stage": 3, **kwargs})
+        check_stage(self.config)
+
+    @property
+    def precision(self) -> Precision:
+        """The precision plugin; DeepSpeed's engine has to do the work of `EfficientInit`."""
+        return super().precision
+
+    @precision.setter
+    def precision(self, precision: Precision | None) -> None:
+        if isinstance(precision, EfficientInit):
+            precision = _Precision(precision.precision)  # type: ignore[arg-type]
+        DeepSpeedStrategy.precision.fset(self, precision)  # type: ignore[attr-defined]
+
+    @contextmanager
+    def module_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Record the construction of modules, in the precision; checkpoints are read once they are partitioned."""
+        with self.precision.module_init_context(), sharded_init_context(self.root_device, empty=bool(empty_init)):
+            yield
+
+    def setup_environment(self) -> None:
+        """Start the processes' communication, on the CPU too."""
+        if self.root_device.type == "cpu":
+            use_cpu()
+        super(DeepSpeedStrategy, self).setup_environment()  # which it has overridden to refuse the CPU
+
+    def _setup_distributed(self) -> None:
+        if self.root_device.type != "cpu":
+            super()._setup_distributed()
+            return
+        reset_seed()
+        self._set_world_ranks()
+        self._init_deepspeed_distributed()
+        self._format_config()
+        self._config_initialized = True
+
+    def module_to_device(self, module: Module) -> None:
+        """Nothing yet: it is partitioned first."""
+
+    def setup_module_and_optimizers(
+        self, module: Module, optimizers: list[Optimizer], scheduler: Any = None
+    ) -> tuple[Any, list[Optimizer], Any]:
+        """Partition the module, and let DeepSpeed take over the one optimizer."""
+        self.make_partitions(module)
+        with initializing()():
+            found = DeepSpeedStrategy.setup_module_and_optimizers(self, module, optimizers, scheduler)
+        watch(module)
+        return found
+
+    def setup_module(self, module: Module) -> Module:  # type: ignore[override]
+        """Partition the module for inference."""
+        self.make_partitions(module)
+        with initializing()():
+            engine = DeepSpeedStrategy.setup_module(self, module)
+        watch(module)
+        return engine  # type: ignore[no-any-return]
+
+    def _is_streamed(self, path: _PATH) -> bool:
+        return is_streamable(path) and not is_deepspeed_folder(path)
+
+    def load_checkpoint(
+        self,
+        path: _PATH,
+        state: Module | Optimizer | dict[str, Any] | None = None,
+        strict: bool = True,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Restore ``state`` in place, from what DeepSpeed has saved or from a checkpoint of any other kind.
+
+        Args:
+            path: A file or folder.
+            state: A module, or a dict of objects to restore.
+            strict: Whether a module's names must match exactly, and every key of ``state`` must be there.
+            weights_only: Whether the pickle may only hold tensors and plain containers (the default).
+
+        Returns:
+            What was not asked for; its tensors are lazy, unless DeepSpeed has saved them.
+
+        Raises:
+            UnsupportedCheckpointError: An optimizer is to be restored from what DeepSpeed has not saved.
+        """
+        from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer  # noqa: PLC0415 (an optional dependency)
+
+        objects = state.values() if isinstance(state, dict) else [state]
+        if self._is_streamed(path) and any(isinstance(obj, DeepSpeedOptimizer | Optimizer) for obj in objects):
+            raise UnsupportedCheckpointError(
+                f"{path}: expected a folder that DeepSpeed has saved, found another checkpoint; DeepSpeed cannot take "
+                "over an optimizer's state from that. Load the model alone, or what fabric.save has written with this "
+                "strategy."
+            )
+        return super().load_checkpoint(path, state, strict, weights_only)

@@ -1,0 +1,132 @@
+"""The DeepSpeed strategy for the Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.nn import Module
+
+from lightning_efficient_init.deepspeed import (
+    BuildsInDtype,
+    PartitionsModules,
+    check_stage,
+    initializing,
+    is_deepspeed_folder,
+    use_cpu,
+)
+from lightning_efficient_init.deferred import watch
+from lightning_efficient_init.lightning_checkpoint import open_lightning_checkpoint
+from lightning_efficient_init.load.replicas import agreed
+from lightning_efficient_init.load.state_dict import streaming_load_state_dict
+from lightning_efficient_init.precision import EfficientInit
+from lightning_efficient_init.sharded import sharded_init_context
+
+
+class _Precision(BuildsInDtype, DeepSpeedPrecision):
+    """`EfficientInit` for DeepSpeed."""
+
+
+class EfficientDeepSpeedStrategy(PartitionsModules, DeepSpeedStrategy):
+    """ZeRO-3, as ``Trainer(strategy="efficient_init_deepspeed_stage_3")``, on GPUs and on the CPU.
+
+    Construction inside ``trainer.init_module()``, which works before there are processes, and in ``configure_model`` is
+    only recorded. One parameter after the other is then partitioned, with the values that one device would have (those
+    of rank 0's seed). ``ckpt_path`` may be a checkpoint of any kind: of a file each rank reads its part of the weights,
+    strictly if the module's ``strict_loading`` says so; folders that DeepSpeed has saved are restored by DeepSpeed,
+    optimizer states included.
+
+    It takes the arguments of Lightning's ``DeepSpeedStrategy``; ``stage`` is 3.
+
+    Raises:
+        ValueError: The configuration asks for another stage.
+    """
+
+    strategy_name = "efficient_init_deepspeed_stage_3"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"stage": 3, **kwargs})
+        check_stage(self.config)
+
+    @property
+    def precision_plugin(self) -> Precision:
+        """The precision plugin; DeepSpeed's engine has to do the work of `EfficientInit`."""
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, precision_plugin: Precision | None) -> None:
+        if isinstance(precision_plugin, EfficientInit):
+            precision_plugin = _Precision(precision_plugin.precision)  # type: ignore[arg-type]
+        DeepSpeedStrategy.precision_plugin.fset(self, precision_plugin)  # type: ignore[attr-defined]
+
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Record the construction of modules, in the precision; checkpoints are read once they are partitioned."""
+        context = sharded_init_context(self.root_device, empty=bool(empty_init))
+        with self.precision_plugin.tensor_init_context(), context:
+            yield
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Nothing: what is recorded is partitioned at setup."""
+        yield
+
+    def setup_environment(self) -> None:
+        """Start the processes' communication, on the CPU too."""
+        if self.root_device.type == "cpu":
+            use_cpu()
+        super(DeepSpeedStrategy, self).setup_environment()  # which it has overridden to refuse the CPU
+
+    def setup_distributed(self) -> None:
+        """Start the processes' communication."""
+        if self.root_device.type != "cpu":
+            super().setup_distributed()
+            return
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Partition the module, and let DeepSpeed take over."""
+        with initializing()():
+            super().setup(trainer)
+        assert self.lightning_module is not None
+        watch(self.lightning_module)
+
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        """The checkpoint: what DeepSpeed has saved is restored at once, of others the weights are lazy."""
+        if is_deepspeed_folder(checkpoint_path):
+            return super().load_checkpoint(checkpoint_path)
+        with agreed(self.replicas()):
+            path = checkpoint_path
+            checkpoint = open_lightning_checkpoint(path, torch.device("cpu"), weights_only=weights_only is not False)
+        if self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            rank_zero_warn(
+                f"{checkpoint_path}: not saved by DeepSpeed, which can take over its weights but not the optimizers' "
+                "states: these start anew. To resume with them, pass a folder that this strategy has saved."
+            )
+        return checkpoint
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Stream this rank's part of the weights through the module's own ``load_state_dict``."""
+        if "state_dict" in checkpoint:
+            assert self.lightning_module is not None
+            with streaming_load_state_dict():
+                self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """DeepSpeed restores optimizers, or nobody does."""
+        return False
+
+    def _setup_model(self, model: Module) -> Module:  # type: ignore[override]
+        return self.make_partitions(model)
