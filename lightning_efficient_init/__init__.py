@@ -10,6 +10,7 @@ from lightning_efficient_init.deferred import (
     uninitialized_parameters,
 )
 from lightning_efficient_init.load import LoadPlan, LoadReport, load_checkpoint, plan_load
+from lightning_efficient_init.memory_plan import MemoryPlan, plan_memory
 from lightning_efficient_init.precision import EfficientInit
 from lightning_efficient_init.registry import register_strategies
 from lightning_efficient_init.trainer import ConfigureModelMixin
@@ -21,12 +22,14 @@ __all__ = [
     "EfficientInit",
     "LoadPlan",
     "LoadReport",
+    "MemoryPlan",
     "deferred_init",
     "eager",
     "is_deferred",
     "load_checkpoint",
     "materialize",
     "plan_load",
+    "plan_memory",
     "uninitialized_parameters",
 ]
 

@@ -8,9 +8,10 @@
     │   ├── UnsafeCheckpointError             its pickle would run code
     │   ├── CheckpointReadError               (OSError) the operating system failed to read it, after retries
     │   └── StateDictMismatchError            (RuntimeError) its tensors do not fit the model
-    └── DeferredInitError                     (RuntimeError) deferred construction
-        ├── UnrecordableError                 an operation that cannot be recorded exactly
-        └── DeferredParameterError            a parameter without memory was used as if it had some
+    ├── DeferredInitError                     (RuntimeError) deferred construction
+    │   ├── UnrecordableError                 an operation that cannot be recorded exactly
+    │   └── DeferredParameterError            a parameter without memory was used as if it had some
+    └── UsageError                            (ValueError) what was asked of a plan or a benchmark cannot be done
 
 Every message says what (the file and the tensor), what was expected, what was found, and what to do next.
 """
@@ -108,3 +109,7 @@ class UnrecordableError(DeferredInitError):
 
 class DeferredParameterError(DeferredInitError):
     """A deferred parameter was used where its values are needed."""
+
+
+class UsageError(EfficientInitError, ValueError):
+    """What was asked of a plan or a benchmark cannot be done: a name is unknown, or there is no room."""

@@ -7,7 +7,7 @@ hook for parameters on the meta device, so at any time one unit is whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any, get_args
 
@@ -66,21 +66,41 @@ def _is_block(blocks: set[int], module: Module, recurse: bool, nonwrapped_numel:
 def gathering() -> Iterator[None]:
     """Let FSDP gather full state dicts on a CPU as well.
 
-    Where parameters are on the CPU already, its copy to the CPU is the same memory, which it then frees (torch 2.13).
+    What is on the CPU already, its copy to the CPU shares: unsharded parameters, which FSDP then frees, and the buffer
+    in which it gathers one state of the optimizer after the other (torch 2.6 to 2.13).
     """
-    with _to_cpu_patch()():
+    with ExitStack() as stack:
+        for patch in _cpu_patches():
+            stack.enter_context(patch())
         yield
 
 
 @cache
-def _to_cpu_patch() -> ScopedPatch:
-    from torch.distributed.fsdp._flat_param import FlatParamHandle  # noqa: PLC0415 (slow to import)
+def _cpu_patches() -> tuple[ScopedPatch, ...]:
+    from torch.distributed.fsdp import _optim_utils  # noqa: PLC0415 (slow to import)
+    from torch.distributed.fsdp._flat_param import FlatParamHandle  # noqa: PLC0415
 
-    return ScopedPatch(FlatParamHandle, "to_cpu", _to_cpu)
+    return (
+        ScopedPatch(FlatParamHandle, "to_cpu", _to_cpu),
+        ScopedPatch(_optim_utils, "_unflatten_orig_param_states", _unflatten),
+    )
 
 
 def _to_cpu(original: Callable[[Any], AbstractContextManager[None]], handle: Any) -> AbstractContextManager[None]:
     return nullcontext() if handle.flat_param.device.type == "cpu" else original(handle)
+
+
+def _unflatten(
+    original: Callable[..., None],
+    info: Any,
+    states: Any,
+    name: str,
+    shard_state: bool,
+    to_save: bool,
+    cpu_offload: bool,
+) -> None:
+    is_on_cpu = info.handle.flat_param.device.type == "cpu"
+    original(info, states, name, shard_state, to_save, cpu_offload and not is_on_cpu)
 
 
 class KeepsDeclaredDtypes:

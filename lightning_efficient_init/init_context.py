@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from lightning.fabric.utilities.init import _EmptyInit
@@ -11,18 +11,30 @@ from lightning.fabric.utilities.init import _EmptyInit
 from lightning_efficient_init.deferred import empty_init
 from lightning_efficient_init.lightning_checkpoint import streaming_load_from_checkpoint
 from lightning_efficient_init.load.state_dict import streaming_load_state_dict
+from lightning_efficient_init.quantize import Quantizer
 
 
 @contextmanager
-def init_context(*, empty: bool) -> Iterator[None]:
+def init_context(*, empty: bool, quantizer: Quantizer | None = None) -> Iterator[None]:
     """Construct modules here: empty if asked for, and with checkpoints streaming into them.
 
     Args:
         empty: Whether parameters get memory without running their initializers. What nobody writes afterwards runs
             its own initializer at first use.
+        quantizer: Replaces layers while they are constructed.
     """
-    with streaming_load_state_dict(), streaming_load_from_checkpoint(), empty_init() if empty else nullcontext():
+    if quantizer is not None:
+        building: AbstractContextManager[None] = quantizer.building(empty=empty)
+    else:
+        building = empty_init() if empty else nullcontext()
+    with streaming_load_state_dict(), streaming_load_from_checkpoint(), building:
         yield
+
+
+def is_building_modules() -> bool:
+    """Whether a context of Lightning's that is meant for modules is open, and not one for tensors only."""
+    modes = torch.overrides._get_current_function_mode_stack()
+    return any(isinstance(mode, _EmptyInit) for mode in modes)
 
 
 def is_empty_requested() -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 
@@ -16,14 +18,50 @@ def anonymous_bytes() -> int:
     Anonymous memory is what the process has allocated and touched. Pages of mapped files, which the system can drop at
     any time, do not count.
     """
+    return resident_bytes()[0]
+
+
+def resident_bytes() -> tuple[int, int]:
+    """Resident memory of this process, anonymous and of mapped files (Linux); zeros elsewhere."""
+    anonymous = mapped = 0
     try:
         with open("/proc/self/status", "rb") as status:
             for line in status:
                 if line.startswith(b"RssAnon:"):
-                    return int(line.split()[1]) * 1024
+                    anonymous = int(line.split()[1]) * 1024
+                elif line.startswith(b"RssFile:"):
+                    mapped = int(line.split()[1]) * 1024
+                    break
     except OSError:
         pass
-    return 0
+    return anonymous, mapped
+
+
+def available_bytes() -> int:
+    """Memory of the host that new allocations can have, from ``/proc/meminfo`` and the cgroup's limit (Linux).
+
+    Elsewhere a number larger than any memory.
+    """
+    return min(_available_in_system(), _available_in_cgroup())
+
+
+def _available_in_system() -> int:
+    try:
+        with open("/proc/meminfo", "rb") as meminfo:
+            return int(next(line for line in meminfo if line.startswith(b"MemAvailable:")).split()[1]) * 1024
+    except (OSError, StopIteration):
+        return sys.maxsize
+
+
+def _available_in_cgroup() -> int:
+    """What version 2 of cgroups leaves; pages of files that were read count as used there, but can be dropped."""
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return sys.maxsize
+    return sys.maxsize if limit == "max" else max(0, int(limit) - used + int(stat.get("inactive_file", 0)))
 
 
 class PeakMemory:
@@ -35,14 +73,16 @@ class PeakMemory:
 
     Attributes:
         host_bytes: The most by which the process's anonymous memory has grown, in bytes.
+        mapped_bytes: The most by which its resident pages of mapped files have grown, in bytes.
         device_bytes: The most memory in use on the devices together, in bytes.
     """
 
     def __init__(self, devices: Iterable[torch.device] = (), *, in_background: bool = False) -> None:
         self.host_bytes = 0
+        self.mapped_bytes = 0
         self.device_bytes = 0
         self._devices = [device for device in devices if device.type == "cuda"]
-        self._host_before = anonymous_bytes()
+        self._host_before, self._mapped_before = resident_bytes()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True) if in_background else None
 
@@ -60,7 +100,9 @@ class PeakMemory:
 
     def sample(self) -> None:
         """Look at the memory in use now."""
-        self.host_bytes = max(self.host_bytes, anonymous_bytes() - self._host_before)
+        anonymous, mapped = resident_bytes()
+        self.host_bytes = max(self.host_bytes, anonymous - self._host_before)
+        self.mapped_bytes = max(self.mapped_bytes, mapped - self._mapped_before)
         in_use = sum(torch.cuda.memory_allocated(device) for device in self._devices)
         self.device_bytes = max(self.device_bytes, in_use)
 

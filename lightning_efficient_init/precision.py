@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
@@ -16,11 +16,14 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_efficient_init.deferred import watch
-from lightning_efficient_init.init_context import init_context, is_empty_requested
+from lightning_efficient_init.init_context import init_context, is_building_modules, is_empty_requested
+from lightning_efficient_init.quantize import QuantizeMode, Quantizer
+from lightning_efficient_init.quantize.quantizer import check_precision
 
 PrecisionName = Literal["32-true", "bf16-true", "16-true", "64-true", "bf16-mixed", "16-mixed"]
 
 _TRUE_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+_COMPUTE_DTYPES = {**_TRUE_DTYPES, "32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class EfficientInit(trainer_precision.Precision):
@@ -38,9 +41,18 @@ class EfficientInit(trainer_precision.Precision):
     Args:
         precision: ``"32-true"``, ``"bf16-true"``, ``"16-true"``, ``"64-true"``, ``"bf16-mixed"`` or ``"16-mixed"``,
             as Lightning means them. Unlike Lightning, ``"16-mixed"`` is not replaced by ``"bf16-mixed"`` on a CPU.
+        quantize: How bitsandbytes quantizes the weights of Linear layers: ``"int8"``, ``"nf4"``, ``"nf4-dq"``,
+            ``"fp4"`` or ``"fp4-dq"`` (``-dq``: the statistics are quantized, too), once and for all; or
+            ``"int8-training"``, where weights stay in the precision's dtype, are trained, and are quantized in each
+            forward. A weight is quantized from the value that the model without quantization would hold: a checkpoint
+            is cast to the precision's dtype first (``"bf16-true"`` to bfloat16, the mixed ones to float32) and never
+            goes through another. Layers compute in that dtype, too (mixed: in the 16-bit one).
+        skip_modules: Paths of modules that are not quantized, nor anything below them, such as ``"lm_head"`` or
+            ``"blocks.*.attn"``; ``*`` stands for one whole segment or for a part of one. Paths start at the model.
 
     Raises:
-        ValueError: The precision is none of these.
+        ValueError: The precision or the way of quantizing is none of these, or they do not go together.
+        ModuleNotFoundError: bitsandbytes is needed and not installed.
 
     Example:
         >>> import lightning as L
@@ -51,10 +63,17 @@ class EfficientInit(trainer_precision.Precision):
         torch.bfloat16
     """
 
-    def __init__(self, precision: PrecisionName = "32-true") -> None:
+    def __init__(
+        self,
+        precision: PrecisionName = "32-true",
+        *,
+        quantize: QuantizeMode | None = None,
+        skip_modules: Sequence[str] = (),
+    ) -> None:
         if precision not in get_args(PrecisionName):
             raise ValueError(f"precision must be one of {', '.join(get_args(PrecisionName))}; found {precision!r}.")
         self.precision = precision
+        self._quantizer = _quantizer(precision, quantize, skip_modules)
         self._is_in_trainer = False
         self._delegate: Any = None
         self._module: weakref.ref[Module] | None = None
@@ -76,18 +95,27 @@ class EfficientInit(trainer_precision.Precision):
     @contextmanager
     def tensor_init_context(self) -> Iterator[None]:
         """Tensors are created in the plugin's dtype. The Trainer's ``init_module`` uses this for modules, too."""
-        with self._dtype_context(), init_context(empty=is_empty_requested()):
+        quantizer = self._quantizer if is_building_modules() else None
+        with self._dtype_context(), init_context(empty=is_empty_requested(), quantizer=quantizer):
             yield
 
-    def module_init_context(self) -> AbstractContextManager[None]:
-        """Modules are created in the plugin's dtype, empty if Lightning was asked for that."""
-        return self.tensor_init_context()
+    @contextmanager
+    def module_init_context(self) -> Iterator[None]:
+        """Modules are created in the plugin's dtype, quantized if asked for, and empty if Lightning was asked to."""
+        with self._dtype_context(), init_context(empty=is_empty_requested(), quantizer=self._quantizer):
+            yield
 
     def convert_module(self, module: Module) -> Module:
-        """At setup: cast parameters, and buffers that have no dtype of their own."""
+        """At setup: cast parameters, and buffers that have no dtype of their own; quantize what is not yet.
+
+        Raises:
+            QuantizationError: There is nothing to quantize, or ``skip_modules`` names what is not there.
+        """
         self._module = weakref.ref(module)
         if (dtype := _TRUE_DTYPES.get(self.precision)) is not None:
             cast_module(module, dtype)
+        if self._quantizer is not None:
+            self._quantizer.convert(module)
         watch(module)
         return module
 
@@ -160,6 +188,15 @@ class EfficientInit(trainer_precision.Precision):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_module": None}
+
+
+def _quantizer(precision: str, mode: str | None, skip_modules: Sequence[str]) -> Quantizer | None:
+    if mode is not None:
+        check_precision(precision, mode)
+        return Quantizer(mode, skip_modules, _COMPUTE_DTYPES[precision])
+    if skip_modules:
+        raise ValueError('skip_modules says what is not quantized; pass quantize="nf4", say, or leave it out.')
+    return None
 
 
 def _stock_plugin(library: Any, precision: str, device_type: str) -> Any:

@@ -3,6 +3,7 @@
     python examples/benchmarks/load.py                 # 7B on a GPU; needs 41 GB of disk, and memory to cache it
     python examples/benchmarks/load.py --model tiny    # the same on anything
     python examples/benchmarks/load.py --model many    # 10,000 small tensors
+    python examples/benchmarks/load.py --only int8     # rows whose title has this in it; "nf4" likewise
 
 Every row runs in a fresh process; the rounds are interleaved. The files were written just before, so they are in the
 page cache. The clock starts with CUDA initialized and libraries imported, and stops when the model is complete on the
@@ -21,20 +22,24 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import lightning as L
 import torch
+from lightning.fabric.plugins import BitsandbytesPrecision
 from lightning.fabric.utilities.load import _lazy_load
-from models import SIZES, build
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 from torch import nn
 
 from lightning_efficient_init import EfficientInit
+from lightning_efficient_init.bench.llama import SIZES, build
 from lightning_efficient_init.memory import PeakMemory
+from lightning_efficient_init.quantize import QuantizeMode
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 ACCELERATOR = "cuda" if DEVICE.type == "cuda" else "cpu"
@@ -78,14 +83,18 @@ def build_files(name: str, folder: Path) -> None:
     torch.save(checkpoint, folder / "model.ckpt")
 
 
-def stock_fabric(**kwargs: Any) -> L.Fabric:
+def stock_fabric(quantize: QuantizeMode | None = None) -> L.Fabric:
     """Fabric without this package."""
-    return L.Fabric(accelerator=ACCELERATOR, devices=1, precision="bf16-true", **kwargs)
+    if quantize is not None:
+        dtype = torch.float16 if quantize == "int8" else torch.bfloat16  # int8 takes no other
+        plugin = BitsandbytesPrecision(quantize, dtype=dtype)
+        return L.Fabric(accelerator=ACCELERATOR, devices=1, plugins=[plugin])
+    return L.Fabric(accelerator=ACCELERATOR, devices=1, precision="bf16-true")
 
 
-def our_fabric() -> L.Fabric:
+def our_fabric(quantize: QuantizeMode | None = None) -> L.Fabric:
     """Fabric with this package."""
-    plugin = EfficientInit("bf16-true")
+    plugin = EfficientInit("bf16-true", quantize=quantize)
     return L.Fabric(accelerator=ACCELERATOR, devices=1, strategy="efficient_init", plugins=[plugin])
 
 
@@ -153,6 +162,14 @@ WAYS: dict[str, Way] = {
     "ours: Trainer, load_from_checkpoint": in_trainer(plugins=[EfficientInit("bf16-true")]),
 }
 
+MODES: tuple[QuantizeMode, ...] = ("int8", "nf4")
+for mode in MODES:
+    if DEVICE.type == "cuda":  # Lightning's own plugin quantizes there only
+        stock = partial(stock_fabric, mode)
+        WAYS[f"Lightning: {mode}, its lazy loader"] = in_fabric(stock, load_lazily)
+        WAYS[f"Lightning: {mode}, torch.load(mmap=True)"] = in_fabric(stock, load_mapped)
+    WAYS[f"ours: {mode}, load_raw of .pth"] = in_fabric(partial(our_fabric, mode), load_raw("model.pth"))
+
 
 def measure(title: str, name: str, folder: Path, *, check: bool) -> dict[str, Any]:
     """Run one row in this process."""
@@ -174,8 +191,9 @@ def measure(title: str, name: str, folder: Path, *, check: bool) -> dict[str, An
         "load_seconds": marks[-1] - marks[-2],
         "device": str(next(model.parameters()).device),
         "device_bytes": torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0,
+        "final_bytes": torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0,
         "host_bytes": memory.host_bytes,
-        "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "weight_bytes": (folder / "model.pth").stat().st_size,
     }
     if check:
         result["is_equal"] = is_equal(model, torch.load(folder / "model.pth", mmap=True))
@@ -183,11 +201,22 @@ def measure(title: str, name: str, folder: Path, *, check: bool) -> dict[str, An
 
 
 def is_equal(model: nn.Module, weights: dict[str, torch.Tensor]) -> bool:
-    """Whether the model holds exactly these weights."""
-    state = model.state_dict()
-    return state.keys() == weights.keys() and all(
-        torch.equal(state[key], value.to(state[key].device)) for key, value in weights.items()
-    )
+    """Whether the model holds exactly these weights, or what bitsandbytes makes of them."""
+    params = dict(model.named_parameters())
+    return params.keys() == weights.keys() and all(is_equal_to(params[key], weights[key]) for key in weights)
+
+
+def is_equal_to(param: nn.Parameter, weight: torch.Tensor) -> bool:
+    """The same for one parameter."""
+    found, weight = param.data, weight.to(param.device)
+    if found.dtype == torch.int8:
+        expected = bnb.functional.int8_vectorwise_quant(weight.half())[0]
+    elif found.dtype == torch.uint8:
+        state = param.quant_state  # type: ignore[attr-defined]
+        expected = bnb.functional.quantize_4bit(weight.to(state.dtype), blocksize=64, quant_type=state.quant_type)[0]
+    else:
+        expected = weight.to(found.dtype)
+    return torch.equal(found, expected)
 
 
 def run_row(title: str, name: str, folder: Path, *, check: bool) -> dict[str, Any]:
@@ -209,6 +238,7 @@ def print_table(results: dict[str, list[dict[str, Any]]], name: str) -> None:
         "of it, loading",
         "GB/s",
         "device peak, GB",
+        "device end, GB",
         "host growth, GB",
         "ends on",
         "equal",
@@ -224,6 +254,7 @@ def print_table(results: dict[str, list[dict[str, Any]]], name: str) -> None:
             f"{statistics.median(r['load_seconds'] for r in rounds):.3f}",
             f"{weights / median / 1e9:.1f}",
             f"{max(r['device_bytes'] for r in rounds) / 1e9:.2f}",
+            f"{max(r['final_bytes'] for r in rounds) / 1e9:.2f}",
             f"{max(r['host_bytes'] for r in rounds) / 1e9:.2f}",
             rounds[0]["device"],
             str(rounds[0]["is_equal"]),

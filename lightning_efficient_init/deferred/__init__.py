@@ -22,9 +22,17 @@ from lightning_efficient_init.deferred.materialize import (
     materialize,
     reseed,
     seeds,
+    settle,
 )
 from lightning_efficient_init.deferred.parameter import undisturbed
-from lightning_efficient_init.deferred.record import deferred_init, eager, empty_init, postponed_init
+from lightning_efficient_init.deferred.record import (
+    deferred_init,
+    eager,
+    empty_init,
+    layerwise_init,
+    postponed_init,
+    recording,
+)
 
 __all__ = [
     "UninitializedParameterWarning",
@@ -42,11 +50,14 @@ __all__ = [
     "is_deferred",
     "is_postponed",
     "keep_recipes",
+    "layerwise_init",
     "materialize",
     "move_whole",
     "postponed_init",
+    "recording",
     "reseed",
     "seeds",
+    "settle",
     "share_buffers",
     "undisturbed",
     "uninitialized_parameters",

@@ -28,7 +28,7 @@ from lightning_efficient_init.deferred.arguments import (
     without,
 )
 from lightning_efficient_init.deferred.dispatch import values_of
-from lightning_efficient_init.deferred.parameter import check_copy, exchange, undisturbed
+from lightning_efficient_init.deferred.parameter import check_copy, exchange, undisturbed, write_form
 from lightning_efficient_init.deferred.recipe import recipe_of
 from lightning_efficient_init.deferred.wording import refusal
 
@@ -266,6 +266,8 @@ def _copy(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str
     if is_deferred(target) and is_external(source):
         with undisturbed():
             check_copy(target, source)
+            if write_form(target, source):
+                return target
             recorder.bind(target, is_overwritten=True)
     out = func(*args, **kwargs)
     recorder.track(out)

@@ -46,22 +46,26 @@ class _Kept:
 
 def allocate(groups: dict[Recipe, list[torch.Tensor]]) -> None:
     """Give deferred tensors, by recipe, memory with a canary, or values if they were loaded or cannot hold one."""
-    valued = [r for r, tensors in groups.items() if r.is_loaded or not all(_can_be_empty(t) for t in tensors)]
-    memory = evaluate(valued)
-    empty: list[torch.Tensor] = []
-    for recipe, tensors in groups.items():
-        storage = memory.get(recipe)
-        if storage is None:
-            storage = torch.UntypedStorage(recipe.num_bytes, device=recipe.device)
-            refs = [Ref.to(tensor, recipe) for tensor in tensors]
-            parameter.give_memory(tensors, storage)
-            for tensor, ref in zip(tensors, refs, strict=True):
-                tensor.__dict__[_RECIPE] = _Kept(ref)
-            empty += tensors[:1]
-        else:
-            parameter.give_memory(tensors, storage)
-    for probes, canary in _batches(_by_kind(empty)):
+    valued = {r for r, tensors in groups.items() if r.is_loaded or not all(_can_be_empty(t) for t in tensors)}
+    evaluate(valued, deliver=lambda recipe, storage: parameter.give_memory(groups[recipe], storage))
+    empty = [t for recipe in groups if recipe not in valued for t in _allocate_empty(recipe, groups[recipe])]
+    for probes, canary in _batches(_by_kind(map(_memory, empty))):
         torch._foreach_copy_(probes, [canary] * len(probes))
+
+
+def _allocate_empty(recipe: Recipe, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Give memory, and keep the recipe at hand; returns who is to carry the canary."""
+    if recipe.form is not None:
+        tensors = [t for t in tensors if isinstance(t, torch.nn.Parameter)]
+    refs = [Ref.to(tensor, recipe) for tensor in tensors]
+    if recipe.form is None:
+        parameter.give_memory(tensors, torch.UntypedStorage(recipe.num_bytes, device=recipe.device))
+    else:
+        for tensor in tensors:
+            recipe.form.allocate(tensor, recipe.device)
+    for tensor, ref in zip(tensors, refs, strict=True):
+        tensor.__dict__[_RECIPE] = _Kept(ref)
+    return tensors[:1]
 
 
 def recipe_of_empty(tensor: torch.Tensor) -> Recipe | None:
@@ -95,9 +99,12 @@ def window_of(tensor: torch.Tensor) -> Ref:
 
 def fill(tensor: torch.Tensor, whole: torch.Tensor) -> None:
     """Write the values of an allocated tensor, or of this rank's part of it."""
+    form = window_of(tensor).recipe.form
     forget(tensor)
     part = part_of(tensor)
-    if part is None:
+    if form is not None:
+        form.write(tensor, whole)
+    elif part is None:
         tensor.detach().copy_(whole)
     else:
         part.memory.copy_(part.take(whole))
@@ -183,7 +190,10 @@ def _audit(model: torch.nn.Module) -> None:
 
 
 def _memory(tensor: torch.Tensor) -> torch.Tensor:
-    """What there is of it in the memory of this rank."""
+    """What there is of an allocated tensor in the memory of this rank, in whichever form."""
+    recipe = recipe_of_empty(tensor)
+    if recipe is not None and recipe.form is not None:
+        return recipe.form.marked(tensor)
     part = part_of(tensor)
     return tensor if part is None else part.memory
 

@@ -134,9 +134,8 @@ def initialize(model: torch.nn.Module, names: Iterable[str] | None = None) -> li
         layers = recurrent.scattered(model.modules())
         deferred = _groups(params.values())
         empty = [p for p in params.values() if audit.recipe_of_empty(p) is not None]
-        done = [name for name, p in params.items() if is_deferred(p) or audit.recipe_of_empty(p) is not None]
-        for recipe, storage in evaluate(deferred).items():
-            parameter.give_memory(deferred[recipe], storage)
+        done = [name for name, p in params.items() if has_recipe(p)]
+        evaluate(deferred, deliver=lambda recipe, storage: parameter.give_memory(deferred[recipe], storage))
         evaluate_each((audit.window_of(p), partial(audit.fill, p)) for p in {id(p): p for p in empty}.values())
         refresh(empty)
         recurrent.flatten(layers)
@@ -157,6 +156,14 @@ def _operations_left(model: torch.nn.Module) -> list[Op]:
     with parameter.undisturbed():
         found = [recipe_of(p) if p.is_meta else audit.recipe_of_empty(p) for p in model.parameters()]
         return operations_for(recipe for recipe in found if recipe is not None)
+
+
+def settle(module: torch.nn.Module) -> None:
+    """Do to ``module`` now what waits for the recording to end, if one is under way: it is about to be loaded."""
+    recorder = current()
+    if recorder is not None:
+        with parameter.undisturbed():
+            recorder.settle(module)
 
 
 def forget(tensors: Iterable[torch.Tensor]) -> None:

@@ -46,13 +46,17 @@ def undisturbed() -> Iterator[None]:
 
 
 def give_memory(tensors: Iterable[torch.Tensor], storage: torch.UntypedStorage) -> None:
-    """Put deferred tensors that share memory on the real ``storage``."""
+    """Put deferred tensors that share memory on the real ``storage``, or in their form if they have one."""
     with torch._C.DisableTorchFunction(), torch.no_grad():
         for tensor in tensors:
             recipe = recipe_of(tensor)
             assert recipe is not None
-            unguard(tensor)
-            exchange(tensor, Ref.to(tensor, recipe).on(storage))
+            values = Ref.to(tensor, recipe).on(storage)
+            if recipe.form is None:
+                unguard(tensor)
+                exchange(tensor, values)
+            elif isinstance(tensor, torch.nn.Parameter):  # what else shared its memory stays deferred
+                recipe.form.write(tensor, values)
 
 
 def guard(tensor: torch.Tensor) -> None:
@@ -105,6 +109,10 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
         data = _derived(tensor, torch.ops.aten.clone.default, torch.empty_like(tensor.detach()), {})
         made: torch.Tensor = torch.Tensor._make_subclass(bare, data, tensor.requires_grad)
     made.__dict__.update(tensor.__dict__)
+    original, copied = recipe_of(tensor), recipe_of(made)
+    assert original is not None
+    assert copied is not None
+    copied.form = original.form
     guard(made)
     return made
 
@@ -207,12 +215,24 @@ def _load(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if source.is_meta:
         return func(*args, **kwargs)
     check_copy(target, source)
+    if write_form(target, source):
+        return target
     recipe = recipe_of(target)
     bind(target)
     out = func(*args, **kwargs)
     if recipe is not None and recipe.layer is not None and (layer := recipe.layer()) is not None:
         recurrent.flatten([layer])
     return out
+
+
+def write_form(target: torch.Tensor, source: torch.Tensor) -> bool:
+    """Write values to a deferred parameter that keeps them in a form of its own, if it does."""
+    recipe = recipe_of(target)
+    if recipe is None or recipe.form is None:
+        return False
+    with undisturbed():
+        recipe.form.write(target, source.detach().to(recipe.device))
+    return True
 
 
 def _empty_like(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from lightning_efficient_init.deferred.form import Form
+
 _ATTRIBUTE = "_efficient_init_recipe"
 _orders = itertools.count()
 
@@ -34,6 +36,7 @@ class Recipe:
         stale: ``real`` lacks what was written through the parameter since.
         aliases: Tensors that share the memory, where it is more than one parameter.
         layer: The recurrent layer whose weights are to be in one piece of memory once all of them have some.
+        form: How the one parameter in this memory keeps its values, where that is not as a plain tensor.
     """
 
     device: torch.device
@@ -49,6 +52,7 @@ class Recipe:
     is_optional: bool = False
     claimed_by: str | None = None
     layer: weakref.ref[torch.nn.RNNBase] | None = None
+    form: Form | None = None
 
 
 @dataclass(slots=True, eq=False)

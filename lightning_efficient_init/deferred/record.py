@@ -38,7 +38,7 @@ Decided against
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -136,6 +136,20 @@ def postponed_init(*, is_optional: bool) -> Iterator[None]:
 
 
 @contextmanager
+def layerwise_init() -> Iterator[None]:
+    """`deferred_init`, after which parameters get memory and values, each when its turn comes.
+
+    Values are those of eager construction. What differs is memory: a parameter that keeps its values in another form
+    (quantized, say) exists as a plain tensor only while it is its turn.
+    """
+    nested = current() is not None
+    with recording() as recorder:
+        yield
+    if not nested:
+        recorder.materialize()
+
+
+@contextmanager
 def eager() -> Iterator[None]:
     """Run what is inside for real, parameters too, in the midst of `deferred_init`.
 
@@ -158,6 +172,8 @@ class Recorder:
         tape: Writes operations down.
         recurrent: Recurrent layers that wanted their weights in one piece.
         is_postponed: What is recorded is going to be sharded before it gets memory.
+        at_end: Called when the recording ends, before anything gets memory, with None; and before a model is loaded
+            in its midst, with that model.
     """
 
     def __init__(self) -> None:
@@ -165,6 +181,7 @@ class Recorder:
         self.is_postponed = False
         self.tape = Tape()
         self.recurrent: list[weakref.ref[torch.nn.RNNBase]] = []
+        self.at_end: list[Callable[[torch.nn.Module | None], None]] = []
         self._parameters: dict[int, weakref.ref[torch.Tensor]] = {}
         self._tensors: dict[int, weakref.ref[torch.Tensor]] = {}
         self._sharing: dict[int, dict[int, weakref.ref[torch.Tensor]]] = {}  # by recipe
@@ -194,6 +211,7 @@ class Recorder:
     @parameter.undisturbed()
     def finish(self) -> None:
         """Make real what has to be, and guard what stays deferred."""
+        self.settle()
         self._refresh_twins()
         shared = self._parameter_recipes()
         groups = self._living_by_recipe()
@@ -221,13 +239,34 @@ class Recorder:
     @parameter.undisturbed()
     def allocate(self) -> None:
         """Give memory to the parameters that were recorded here, are alive, and are deferred."""
+        with self._flattening():
+            audit.allocate(self._waiting())
+
+    @parameter.undisturbed()
+    def materialize(self) -> None:
+        """Give those parameters memory and values, each as soon as no other one needs it to stay as it is."""
+        groups = self._waiting()
+        with self._flattening():
+            evaluate(groups, deliver=lambda recipe, storage: parameter.give_memory(groups[recipe], storage))
+
+    def settle(self, model: torch.nn.Module | None = None) -> None:
+        """Do to ``model``, or to all, what was to be done before anything gets memory."""
+        for call in self.at_end:
+            call(model)
+
+    def _waiting(self) -> dict[Recipe, list[torch.Tensor]]:
+        """Tensors that share the memory of a living deferred parameter, by recipe."""
         groups: dict[Recipe, list[torch.Tensor]] = {}
         for param in _living(self._parameters.values()):
             recipe = recipe_of(param) if param.is_meta else None
             if recipe is not None:
                 groups[recipe] = _living(recipe.aliases) or [param]
+        return groups
+
+    @contextmanager
+    def _flattening(self) -> Iterator[None]:
         layers = self._scattered_layers()
-        audit.allocate(groups)
+        yield
         recurrent.flatten(layers)
 
     @parameter.undisturbed()

@@ -352,14 +352,12 @@ def num_draws(op: Op) -> int | None:
     if not (traits.is_uniform or traits.is_normal):
         return None
     window = _window(op)
-    if window is None or not _known_cost(traits.is_normal, window.dtype):
+    if window is None:
         return None
-    width = 1 if window.dtype in _SINGLE_DRAW else 2
-    if traits.is_uniform:
-        return window.numel * width
-    if window.numel < 16 or not window.is_contiguous:
+    if traits.is_normal and (window.numel < _NORMAL_BLOCK or not window.is_contiguous):
         return None  # the scalar path keeps every second sample for later
-    return (window.numel + (16 if window.numel % 16 else 0)) * width
+    rule = _rule(traits.is_normal, window.dtype)
+    return None if rule is None else rule(window.numel)
 
 
 def _window(op: Op) -> Ref | None:
@@ -369,17 +367,43 @@ def _window(op: Op) -> Ref | None:
     return op.args[0] if op.args and isinstance(op.args[0], Ref) else None
 
 
+# Normal samples are made from blocks of 16 uniform ones (aten/src/ATen/native/cpu/DistributionTemplates.h,
+# `normal_fill`). For a rest the last 16 are drawn anew; in half precision newer versions fill the block.
+_NORMAL_BLOCK = 16
+
+
+def _one_each(numel: int) -> int:
+    return numel
+
+
+def _last_block_again(numel: int) -> int:
+    return numel + (_NORMAL_BLOCK if numel % _NORMAL_BLOCK else 0)
+
+
+def _whole_blocks(numel: int) -> int:
+    return -(-numel // _NORMAL_BLOCK) * _NORMAL_BLOCK
+
+
+def _twice(rule: Callable[[int], int]) -> Callable[[int], int]:
+    return lambda numel: 2 * rule(numel)
+
+
 @cache
-def _known_cost(normal: bool, dtype: torch.dtype) -> bool:
-    """Trust the arithmetic of `num_draws` only where this build of PyTorch agrees with it."""
+def _rule(normal: bool, dtype: torch.dtype) -> Callable[[int], int] | None:
+    """Number of elements to number of draws, as this build of PyTorch is seen to do it; None if by no known rule."""
     if dtype not in (*_SINGLE_DRAW, torch.float64):
-        return False
-    width = 1 if dtype in _SINGLE_DRAW else 2
+        return None
+    candidates = (_last_block_again, _whole_blocks) if normal else (_one_each,)
+    rules = [rule if dtype in _SINGLE_DRAW else _twice(rule) for rule in candidates]
+    return next((rule for rule in rules if _agrees_on_cpu(rule, normal, dtype)), None)
+
+
+def _agrees_on_cpu(rule: Callable[[int], int], normal: bool, dtype: torch.dtype) -> bool:
     generator, expected = torch.Generator("cpu").manual_seed(1), torch.Generator("cpu").manual_seed(1)
     for numel in (35, 48):
         scratch = torch.empty(numel, dtype=dtype, device="cpu")
         scratch.normal_(generator=generator) if normal else scratch.uniform_(generator=generator)
-        mersenne.advance(expected, (numel + (16 if normal and numel % 16 else 0)) * width)
+        mersenne.advance(expected, rule(numel))
     return torch.equal(generator.get_state(), expected.get_state())
 
 

@@ -21,10 +21,13 @@ from torch.nn import Module
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from lightning_efficient_init.checkpoint import Entry, LazyTensor, map_leaves, read_entry
+from lightning_efficient_init.deferred import settle
 from lightning_efficient_init.load import own_code
 from lightning_efficient_init.load.keys import strip_wrappers
+from lightning_efficient_init.quantize import QuantizedLayer, QuantizedParameter
+from lightning_efficient_init.quantize.state import adopt, find, full_shape
 from lightning_efficient_init.sharding import FLAT_NAME, is_partitioned, shown_whole, stand_ins
-from lightning_efficient_init.sinks import shape_of
+from lightning_efficient_init.sinks import obstacle, shape_of
 
 Shape = tuple[int, ...]
 
@@ -70,6 +73,7 @@ def bind(module: Module, state: Mapping[str, Any], metadata: Any = None) -> Bind
         state: Key to ``Entry``, ``LazyTensor``, tensor, or another object for extra states.
         metadata: The ``_metadata`` of the state dict: prefix to a dict with the module's version, among others.
     """
+    settle(module)
     binding = Binding(module)
     used: set[str] = set()
     keys = _Sorted(state)
@@ -136,11 +140,8 @@ def _has_loading_code(module: Module) -> bool:
     cls = type(module)
     if "_fsdp_wrapped_module" in module._modules:
         return False  # FSDP's hooks gather parameters for code that does not know their parts
-    return bool(
-        cls._load_from_state_dict is not Module._load_from_state_dict
-        or module._load_state_dict_pre_hooks
-        or module._load_state_dict_post_hooks
-    )
+    is_standard = cls._load_from_state_dict is Module._load_from_state_dict or isinstance(module, QuantizedLayer)
+    return bool(not is_standard or module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks)
 
 
 def _own_tensors(module: Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -154,8 +155,10 @@ def _own_tensors(module: Module, prefix: str) -> Iterator[tuple[str, torch.Tenso
 
 def _bind_standard(module: Module, prefix: str, state: Mapping[str, Any], binding: Binding) -> set[str]:
     """Match the module's own tensors, not its children's, by name."""
-    used = set()
+    used = _bind_quantized(module, prefix, state, binding) if isinstance(module, QuantizedLayer) else set()
     for name, tensor in _own_tensors(module, prefix):
+        if name in binding.tensors:
+            continue
         binding.tensors[name] = tensor
         if name not in state:
             binding.missing.append(name)
@@ -172,13 +175,36 @@ def _bind_standard(module: Module, prefix: str, state: Mapping[str, Any], bindin
     return used
 
 
-def _offer(binding: Binding, name: str, tensor: torch.Tensor, value: Any) -> None:
-    """Take ``value`` for ``tensor`` if it fits."""
+def _bind_quantized(layer: QuantizedLayer, prefix: str, state: Mapping[str, Any], binding: Binding) -> set[str]:
+    """Match the weight of a quantized layer: in full, or the parts of one that was quantized before."""
+    weight = layer.weight
+    found = find(layer, state, prefix)
+    binding.tensors[f"{prefix}weight"] = weight
+    binding.missing += found.missing
+    binding.errors += found.errors
+    if found.errors or found.missing:
+        return found.used
+    if not found.is_packed:
+        _offer(binding, f"{prefix}weight", weight, found.sources["weight"], full_shape(layer))
+        return found.used
+    parts = weight.parts() if isinstance(weight, QuantizedParameter) else {}
+    for part, source in found.sources.items():
+        # a deferred weight has no parts yet: they get memory together with it
+        tensor = weight if part == "weight" else parts.get(part, weight)
+        binding.tensors[prefix + part] = tensor
+        kind = binding.entries if isinstance(source, Entry) else binding.values
+        kind[prefix + part] = source
+    binding.calls.append(partial(adopt, layer, found.notes))
+    return found.used
+
+
+def _offer(binding: Binding, name: str, tensor: torch.Tensor, value: Any, shape: Shape | None = None) -> None:
+    """Take ``value`` for ``tensor``, which the checkpoint has in ``shape``, if it fits."""
     source = _entry_or_value(value)
     if not isinstance(source, (Entry, torch.Tensor)):
         binding.errors.append(f"{name}: expected a tensor, found {type(source).__name__}")
         return
-    expected, found = shape_of(tensor), tuple(source.shape)
+    expected, found = shape or shape_of(tensor), tuple(source.shape)
     if not _fits(expected, found):
         binding.mismatched[name] = (expected, found)
     elif _is_expanded(tensor):
@@ -186,6 +212,8 @@ def _offer(binding: Binding, name: str, tensor: torch.Tensor, value: Any) -> Non
             f"{name}: expected memory for each of its elements, found a tensor of shape {list(expected)} that was "
             "expanded, in which several elements are one: call .contiguous() on it when the model is built"
         )
+    elif isinstance(source, Entry) and (reason := obstacle(tensor, source)) is not None:
+        binding.errors.append(f"{name}: {reason}")
     elif isinstance(source, Entry):
         binding.entries[name] = source
     else:

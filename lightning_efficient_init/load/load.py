@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,13 +19,18 @@ from lightning_efficient_init.load.bind import Binding, named_state
 from lightning_efficient_init.load.keys import KeyMap
 from lightning_efficient_init.load.mapping import map_entries
 from lightning_efficient_init.load.order import Pair, last_per_memory, waves
-from lightning_efficient_init.load.pipeline import Settings, transfer
+from lightning_efficient_init.load.pipeline import Batch, Settings, Transfer
 from lightning_efficient_init.load.plan import LoadPlan, plan_load
 from lightning_efficient_init.load.postponed import must_wait, postpone
 from lightning_efficient_init.load.replicas import Replicas, agreed, replicas_of
 from lightning_efficient_init.load.report import LoadReport, Meter
+from lightning_efficient_init.quantize import parts_of
 from lightning_efficient_init.sharding import is_sharded, part_of, refresh
-from lightning_efficient_init.sinks import Segment, Sink, sink_for
+from lightning_efficient_init.sinks import Segment, Sink, sinks_for
+
+# Scratch memory on the device, together 128 MiB. Four batches keep a dozen threads busy while one is worked on.
+BATCH_BYTES = 32 << 20
+MAX_BATCHES = 4
 
 
 def load_checkpoint(
@@ -133,8 +140,8 @@ def _write(
             turns = list(waves(pairs))
             sharing = replicas and replicas.confirm([_work(turns), settings])
             for wave in turns:
-                stream([sink_for(*pair) for pair in wave if is_sharded(pair[1])], settings, meter)
-                stream([sink_for(*pair) for pair in wave if not is_sharded(pair[1])], settings, meter, sharing)
+                stream(_sinks(pair for pair in wave if is_sharded(pair[1])), settings, meter)
+                stream(_sinks(pair for pair in wave if not is_sharded(pair[1])), settings, meter, sharing)
         _note_writes([tensor for _, tensor, _ in pairs])
         refresh(tensor for _, tensor, _ in pairs)
     with torch.inference_mode():  # which may write to inference tensors as well as to others
@@ -181,7 +188,7 @@ def _with_memory(model: Module, binding: Binding, names: Sequence[str]) -> Mappi
     )
     if any(_is_meta(binding.tensors[name]) for name in deferred):
         allocate(model)  # buffers that are views of parameters get their memory from those
-    return {**binding.tensors, **named_state(model)}
+    return {**binding.tensors, **named_state(model), **parts_of(model)}
 
 
 def _is_meta(tensor: torch.Tensor) -> bool:
@@ -190,13 +197,17 @@ def _is_meta(tensor: torch.Tensor) -> bool:
         return tensor.is_meta
 
 
+def _sinks(pairs: Iterable[Pair]) -> list[Sink]:
+    return [sink for pair in pairs for sink in sinks_for(*pair)]
+
+
 def _work(turns: Sequence[Sequence[Pair]]) -> list[object]:
     """What loading is about to do, to be compared between ranks."""
     return [[(name, tensor.dtype, tensor.device.type, entry) for name, tensor, entry in pairs] for pairs in turns]
 
 
 def stream(sinks: Sequence[Sink], settings: Settings, meter: Meter, replicas: Replicas | None = None) -> None:
-    """Fill each sink. What needs scratch memory goes in batches that the host buffer could hold.
+    """Fill each sink. What needs scratch memory goes in batches; one is worked on while the next ones are read.
 
     Args:
         sinks: What to fill.
@@ -204,19 +215,72 @@ def stream(sinks: Sequence[Sink], settings: Settings, meter: Meter, replicas: Re
         meter: Told of the progress.
         replicas: Other ranks that fill the same sinks with the same settings, and share the reading.
     """
-    move = transfer if replicas is None else replicas.transfer
+    if replicas is not None:
+        _stream_together(sinks, settings, meter, replicas)
+        return
+    by_device: dict[torch.device, list[Sink]] = defaultdict(list)
+    for sink in sinks:
+        by_device[sink.device].append(sink)
+    done = 0
+    written: list[str] = []
+    for device, group in by_device.items():
+        done += _stream_to(device, group, settings, partial(_tick, meter, done), written)
+
+
+def _stream_together(sinks: Sequence[Sink], settings: Settings, meter: Meter, replicas: Replicas) -> None:
     done = 0
     written: list[str] = []
     for batch, is_direct in _batches(sinks, settings.host_buffer_bytes):
         segments: list[Segment] = [segment for sink in batch for segment in sink.segments()]
         try:
-            done += move(segments, settings, partial(_tick, meter, done))
+            done += replicas.transfer(segments, settings, partial(_tick, meter, done))
         except CheckpointError as error:
             error.add_written([*written, *(error.written if is_direct else ())])  # else only scratch was touched
             raise
         for sink in batch:
             sink.finish()
         written += dict.fromkeys(segment.name for segment in segments)
+
+
+def _stream_to(
+    device: torch.device, sinks: Sequence[Sink], settings: Settings, on_tick: Callable[[int], None], written: list[str]
+) -> int:
+    """Fill sinks on one device; adds their names to ``written``, and returns the number of bytes read."""
+    in_flight: deque[_InFlight] = deque()
+    try:
+        with Transfer(device, settings, on_tick) as transfer:
+            for batch, is_direct in _batches(sinks, min(settings.host_buffer_bytes, BATCH_BYTES)):
+                segments = [segment for sink in batch for segment in sink.segments()]
+                in_flight.append(_InFlight(batch, segments, is_direct, transfer.submit(segments)))
+                if len(in_flight) == MAX_BATCHES:
+                    written += _complete(transfer, in_flight)
+            while in_flight:
+                written += _complete(transfer, in_flight)
+        on_tick(transfer.num_bytes)
+    except CheckpointError as error:
+        touched = [name for item in in_flight if item.is_direct for name in item.batch.names_touched()]
+        error.add_written(list(dict.fromkeys([*written, *touched])))  # of the others only scratch was touched
+        raise
+    return transfer.num_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    """Sinks that are being filled."""
+
+    sinks: Sequence[Sink]
+    segments: Sequence[Segment]
+    is_direct: bool
+    batch: Batch
+
+
+def _complete(transfer: Transfer, in_flight: deque[_InFlight]) -> list[str]:
+    """Wait for the batch that was submitted first, and finish its sinks; returns their names."""
+    transfer.wait(in_flight[0].batch)
+    item = in_flight.popleft()
+    for sink in item.sinks:
+        sink.finish()
+    return list(dict.fromkeys(segment.name for segment in item.segments))
 
 
 def _tick(meter: Meter, done_before: int, done: int) -> None:

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_efficient_init.checkpoint import LazyTensor, lazy_tree, map_leaves
 from lightning_efficient_init.errors import CheckpointError, StateDictMismatchError
 from lightning_efficient_init.patching import ScopedPatch
+from lightning_efficient_init.sinks import shape_of
 
 Shape = tuple[int, ...]
 
@@ -202,7 +203,7 @@ class _Notes(TorchFunctionMode):
         if torch.nn.parameter.is_lazy(target):
             return False
         is_whole = id(value) in self._offered or (isinstance(value, LazyTensor) and value.entry is not None)
-        return is_whole and value.shape == target.shape
+        return is_whole and tuple(value.shape) == shape_of(target)
 
 
 def _writes(func: Any, kwargs: dict[str, Any]) -> bool:

@@ -7,8 +7,11 @@ device still copies from its other one; an event per slot says when it is free a
 that a load takes, whatever the checkpoint's size. With a dozen threads the GIL is what limits the rate: a lane makes
 as few calls per read as it can, and each thread pins its own slots, while the others already load.
 
-If the target is on the CPU and nothing has to be cast, there is no ring: ``preadv`` scatters straight from the page
-cache into the parameters.
+If the target is on the CPU and nothing has to be cast, the ring is not used: ``preadv`` scatters straight from the
+page cache into the parameters.
+
+Values that need work when they arrive (quantization, say) come in batches: while the thread that submitted them works
+on one, the others are being read. Threads and ring are the same from the first batch to the last.
 
 Decided against:
 
@@ -29,14 +32,15 @@ import os
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 
 import torch
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
+from lightning_efficient_init.cores import available_cores
 from lightning_efficient_init.errors import CheckpointError, CheckpointReadError, CorruptCheckpointError
 from lightning_efficient_init.load.extents import PAGE_BYTES, Piece, Read, plan_reads
 from lightning_efficient_init.sinks import Segment
@@ -58,7 +62,7 @@ class Settings:
 
     Attributes:
         host_buffer_bytes: Upper bound of the staging memory on the host.
-        num_threads: Threads that read; by default the cores this process may run on, at most 12.
+        num_threads: Threads that read; by default the cores this process may use, at most 12.
     """
 
     host_buffer_bytes: int = 256 << 20
@@ -96,12 +100,13 @@ def transfer(segments: Sequence[Segment], settings: Settings, on_tick: Callable[
     done = 0
     written: list[str] = []
     for device, group in by_device.items():
-        pipeline = _Pipeline(device, group, settings)
-        try:
-            pipeline.run(on_tick and partial(_tick_from, on_tick, done))
-        except CheckpointError as error:
-            error.add_written([*written, *error.written])
-            raise
+        with Transfer(device, settings, on_tick and partial(_tick_from, on_tick, done)) as pipeline:
+            batch = pipeline.submit(group)
+            try:
+                pipeline.wait(batch)
+            except CheckpointError as error:
+                error.add_written([*written, *batch.names_touched()])
+                raise
         done += pipeline.num_bytes
         written += dict.fromkeys(segment.name for segment in group)
     return done
@@ -111,65 +116,135 @@ def _tick_from(on_tick: Callable[[int], None], done_before: int, done: int) -> N
     on_tick(done_before + done)
 
 
-def available_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+class Batch:
+    """Segments that are read together, and how far that has come."""
+
+    def __init__(self, reads: Sequence[Read], device: torch.device) -> None:
+        self.reads = reads
+        self.done = threading.Event()
+        self.ready = _event(device)
+        self._lock = threading.Lock()
+        self._num_taken = 0
+        self._num_waiting = len(reads)
+        if not reads:
+            self.done.set()
+
+    def take(self) -> Read:
+        """The next read, for the thread that asks."""
+        with self._lock:
+            read = self.reads[self._num_taken]
+            self._num_taken += 1
+            return read
+
+    def has_read(self) -> None:
+        """Note that a read is complete, or on its way to the device."""
+        with self._lock:
+            self._num_waiting -= 1
+            if not self._num_waiting:
+                self.done.set()
+
+    def names_touched(self) -> list[str]:
+        """Names of the tensors that may have been written, wholly or in part."""
+        return list(
+            dict.fromkeys(piece.segment.name for read in self.reads[: self._num_taken] for piece in read.pieces)
+        )
 
 
-class _Pipeline:
-    """One load of segments that all go to one device."""
+class Transfer:
+    """Reads segments, batch after batch, into the memory of one device.
 
-    def __init__(self, device: torch.device, segments: Sequence[Segment], settings: Settings) -> None:
-        threads, slot_bytes = _divide(settings)
-        self.device = device
-        self.reads = plan_reads(segments, slot_bytes - 2 * PAGE_BYTES)  # room to align a read in its slot
-        self.num_bytes = sum(read.num_bytes for read in self.reads)
-        needs_ring = device.type != "cpu" or not all(segment.is_raw for segment in segments)
-        num_lanes = max(1, min(threads, len(self.reads)))
-        ring = _Ring(num_lanes * SLOTS_PER_THREAD, slot_bytes) if needs_ring else None
-        self._lanes = [_lane(device, ring, i) for i in range(num_lanes)]
-        self._waiting: SimpleQueue[Read] = SimpleQueue()
-        for read in self.reads:
-            self._waiting.put(read)
+    Threads and staging memory are there from the first batch to the last. While one batch is waited for, or worked on,
+    those that were submitted after it are being read.
+
+    Args:
+        device: Where the segments' destinations are.
+        settings: Host memory and threads.
+        on_tick: Called from the thread that waits, about every 20 ms, with the number of bytes read so far.
+    """
+
+    def __init__(self, device: torch.device, settings: Settings, on_tick: Callable[[int], None] | None = None) -> None:
+        self._device = device
+        self._num_threads, slot_bytes = divide(settings)
+        self._max_read_bytes = slot_bytes - 2 * PAGE_BYTES  # room to align a read in its slot
+        self._ring = _Ring(self._num_threads * SLOTS_PER_THREAD, slot_bytes)
+        self._on_tick = on_tick
+        self._lanes: list[_Lane] = []
+        self._waiting: SimpleQueue[Batch | None] = SimpleQueue()
         self._stop = threading.Event()
+        self._errors: list[BaseException] = []
+        self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="efficient-init")
 
-    def run(self, on_tick: Callable[[int], None] | None) -> None:
-        with ThreadPoolExecutor(len(self._lanes), thread_name_prefix="efficient-init") as pool:
-            futures = [pool.submit(self._work, lane) for lane in self._lanes]
-            try:
-                pending = set(futures)
-                while pending:
-                    _, pending = wait(pending, timeout=POLL_S, return_when=FIRST_EXCEPTION)
-                    if any(future.done() and future.exception() for future in futures):
-                        self._stop.set()
-                    if on_tick is not None:
-                        on_tick(sum(lane.bytes_read for lane in self._lanes))
-            except BaseException:
-                self._stop.set()
-                raise
-        for future in futures:
-            try:
-                future.result()
-            except CheckpointError as error:
-                error.add_written(self._names_touched())
-                raise
+    @property
+    def num_bytes(self) -> int:
+        """Bytes read so far, gaps between tensors included."""
+        return sum(lane.bytes_read for lane in self._lanes)
+
+    def __enter__(self) -> Transfer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let the threads finish the read that they are at; after an exception whatever else waits is dropped."""
+        self._stop.set()
+        for _lane in self._lanes:
+            self._waiting.put(None)
+        self._pool.shutdown()
+
+    def submit(self, segments: Sequence[Segment]) -> Batch:
+        """Start to read. What the current stream of the device has to do by now is done before memory is written."""
+        batch = Batch(plan_reads(segments, self._max_read_bytes), self._device)
+        for _read in batch.reads:
+            self._waiting.put(batch)
+        for _new in range(len(self._lanes), min(self._num_threads, len(self._lanes) + len(batch.reads))):
+            lane = _lane(self._device, self._ring, len(self._lanes))
+            self._lanes.append(lane)
+            self._pool.submit(self._work, lane)
+        return batch
+
+    def wait(self, batch: Batch) -> None:
+        """Return when all values of a batch are in place, as far as the current stream of the device is concerned.
+
+        Raises:
+            CheckpointReadError: The operating system failed to read, several times over.
+            CorruptCheckpointError: A file is shorter than its header says.
+        """
+        while not batch.done.wait(POLL_S):
+            if self._errors:
+                raise self._errors[0]
+            if self._on_tick is not None:
+                self._on_tick(self.num_bytes)
+        for lane in self._lanes:
+            lane.join_stream()
 
     def _work(self, lane: _Lane) -> None:
-        with torch.inference_mode(), lane:  # which may write to inference tensors as well as to others
-            while not self._stop.is_set():
-                try:
-                    read = self._waiting.get_nowait()
-                except Empty:
-                    return
-                lane.load(read)
+        try:
+            with torch.inference_mode(), lane:  # which may write to inference tensors as well as to others
+                while self._load_next(lane):
+                    pass
+        except BaseException as error:
+            self._errors.append(error)
+            self._stop.set()
 
-    def _names_touched(self) -> list[str]:
-        """Names of the tensors that may have been written, wholly or in part."""
-        taken = self.reads[: len(self.reads) - self._waiting.qsize()]
-        return list(dict.fromkeys(piece.segment.name for read in taken for piece in read.pieces))
+    def _load_next(self, lane: _Lane) -> bool:
+        """Load what comes next. While a lane waits it holds no batch, whose memory could not be freed."""
+        batch = self._waiting.get()
+        if batch is None or self._stop.is_set():
+            return False
+        lane.follow(batch.ready)
+        lane.load(batch.take())
+        batch.has_read()
+        return True
 
 
-def _divide(settings: Settings) -> tuple[int, int]:
+def _event(device: torch.device) -> torch.cuda.Event | None:
+    """What the current stream of a CUDA device has to do by now."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def divide(settings: Settings) -> tuple[int, int]:
     """How many threads, and the bytes of each of their slots, so that all slots fit the host buffer."""
     threads = settings.num_threads or min(MAX_THREADS, available_cores())
     while threads > 1 and settings.host_buffer_bytes < threads * MIN_HOST_BUFFER_BYTES:
@@ -232,6 +307,12 @@ class _Lane:
 
     def __exit__(self, *_: object) -> None:
         self._close()
+
+    def follow(self, ready: torch.cuda.Event | None) -> None:
+        """Let what the device had to do until ``ready`` come first."""
+
+    def join_stream(self) -> None:
+        """Let what the device does from now on come after what this lane has copied."""
 
     def load(self, read: Read) -> None:
         """Bring one read to where it belongs."""
@@ -310,6 +391,9 @@ class _StagedLane(_Lane):
 
     def load(self, read: Read) -> None:
         """Read into the slot whose turn it is, from where elements are as aligned as they are in the file."""
+        if self._device.type == "cpu" and all(piece.segment.is_raw for piece in read.pieces):
+            super().load(read)  # straight to where it belongs
+            return
         self._turn = (self._turn + 1) % SLOTS_PER_THREAD
         slot, start = self._slots[self._turn], 0 if read.row_bytes else read.offset % PAGE_BYTES
         self._wait_for_slot()
@@ -341,6 +425,7 @@ class _CudaLane(_StagedLane):
         self._stream.wait_stream(torch.cuda.current_stream(device))
         self._events = [torch.cuda.Event() for _ in slots]
         self._is_pinned = False
+        self._followed: torch.cuda.Event | None = None
 
     def __enter__(self) -> _Lane:
         torch.cuda.set_stream(self._stream)  # of this thread, which ends with the load
@@ -355,6 +440,14 @@ class _CudaLane(_StagedLane):
         if self._is_pinned:
             torch.cuda.cudart().cudaHostUnregister(self._whole.data_ptr())
 
+    def follow(self, ready: torch.cuda.Event | None) -> None:
+        if ready is not None and ready is not self._followed:
+            self._stream.wait_event(ready)
+            self._followed = ready
+
+    def join_stream(self) -> None:
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
     def _wait_for_slot(self) -> None:
         self._events[self._turn].synchronize()
 
@@ -362,9 +455,7 @@ class _CudaLane(_StagedLane):
         self._events[self._turn].record(self._stream)
 
 
-def _lane(device: torch.device, ring: _Ring | None, number: int) -> _Lane:
-    if ring is None:
-        return _Lane()
+def _lane(device: torch.device, ring: _Ring, number: int) -> _Lane:
     if device.type == "cuda":
         return _CudaLane(device, *ring.part(number))
     return _StagedLane(device, *ring.part(number))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_efficient_init.sinks.choose import shape_of, sink_for, sink_for_part
+from lightning_efficient_init.sinks.choose import obstacle, shape_of, sink_for, sink_for_part, sinks_for
 from lightning_efficient_init.sinks.chunks import ChunkSink
 from lightning_efficient_init.sinks.part import PartSink
 from lightning_efficient_init.sinks.plain import PLAIN_TYPES, PlainSink
@@ -15,7 +15,9 @@ __all__ = [
     "PlainSink",
     "Segment",
     "Sink",
+    "obstacle",
     "shape_of",
     "sink_for",
     "sink_for_part",
+    "sinks_for",
 ]

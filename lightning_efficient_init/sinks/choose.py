@@ -1,20 +1,33 @@
-"""Which sink fills a tensor: one line here for each kind of parameter memory."""
+"""Which sinks fill a tensor: one line here for each kind of parameter memory."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
 from lightning_efficient_init import sharding
 from lightning_efficient_init.checkpoint import Entry
+from lightning_efficient_init.quantize.layers import QuantizedParameter, plain
 from lightning_efficient_init.sharding import Part, part_of, whole_part
+from lightning_efficient_init.sinks.bitsandbytes import quantizing_sinks
 from lightning_efficient_init.sinks.chunks import ChunkSink
 from lightning_efficient_init.sinks.part import PartSink
 from lightning_efficient_init.sinks.plain import PlainSink
 from lightning_efficient_init.sinks.sink import Sink
 
 
+def sinks_for(name: str, tensor: torch.Tensor, entry: Entry) -> Sequence[Sink]:
+    """The sinks, one for each part, that fill ``tensor``, called ``name`` in the model, from ``entry``."""
+    if isinstance(tensor, QuantizedParameter) and entry.dtype.is_floating_point:
+        return quantizing_sinks(name, tensor, entry)
+    return (sink_for(name, tensor, entry),)
+
+
 def sink_for(name: str, tensor: torch.Tensor, entry: Entry) -> Sink:
-    """The sink that fills ``tensor``, called ``name`` in the model, from ``entry``."""
+    """The sink that fills ``tensor``, called ``name`` in the model, from ``entry``, if one does."""
+    if isinstance(tensor, QuantizedParameter):
+        return PlainSink(name, plain(tensor), entry)  # it was quantized before
     part = part_of(tensor)
     if part is None and not entry.chunks:
         return PlainSink(name, tensor, entry)
@@ -28,4 +41,16 @@ def sink_for_part(name: str, part: Part, entry: Entry) -> Sink:
 
 def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
     """The shape that a checkpoint has for ``tensor``, which may be a part of it or hold it in another form."""
+    if isinstance(tensor, QuantizedParameter):
+        return tensor.packing.source_shape
     return sharding.shape_of(tensor)
+
+
+def obstacle(tensor: torch.Tensor, entry: Entry) -> str | None:
+    """Why no sink can fill ``tensor`` from ``entry``, in spite of their shapes; None if one can."""
+    if isinstance(tensor, QuantizedParameter) and entry.chunks:
+        return (
+            f"expected a checkpoint that has it in one piece, to quantize it block by block, found {len(entry.chunks)} "
+            "chunks: save the model in one file (state_dict_type='full', or save_distributed_checkpoint=False)"
+        )
+    return None

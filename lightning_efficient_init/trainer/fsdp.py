@@ -11,6 +11,7 @@ from lightning.pytorch.plugins.precision.fsdp import FSDPPrecision
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.strategies.fsdp import _setup_activation_checkpointing
 from torch.nn import Module
+from torch.optim import Optimizer
 
 from lightning_efficient_init.fsdp import KeepsDeclaredDtypes, gathering, is_wrapped, wrap
 from lightning_efficient_init.precision import EfficientInit
@@ -34,6 +35,7 @@ class EfficientFSDPStrategy(LoadsParts, FSDPStrategy):
     """
 
     strategy_name = "efficient_init_fsdp"
+    _wrapped: Module | None = None
 
     @property
     def precision_plugin(self) -> FSDPPrecision:
@@ -58,8 +60,16 @@ class EfficientFSDPStrategy(LoadsParts, FSDPStrategy):
         with gathering():
             return super().lightning_module_state_dict()
 
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """See Lightning's ``FSDPStrategy``."""
+        with gathering():
+            return super().optimizer_state(optimizer)
+
     def _setup_model(self, model: Module) -> Module:
-        return self.shard(model, self._wrap)
+        """Wrap the module, once: it keeps its parameters when it is tested after it has been trained."""
+        if self._wrapped is None or self._wrapped._modules.get("_fsdp_wrapped_module") is not model:
+            self._wrapped = self.shard(model, self._wrap)
+        return self._wrapped
 
     def _wrap(self, module: Module) -> Module:
         if is_wrapped(module):

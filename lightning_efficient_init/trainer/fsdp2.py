@@ -83,6 +83,34 @@ class EfficientFSDP2Strategy(SizesMesh, LoadsParts, ModelParallelStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's step inside its forward, where FSDP2 has gathered what belongs to no block."""
+        with self.precision_plugin.train_step_context():
+            return self._step("training_step", *args, **kwargs)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """See ``training_step``."""
+        with self.precision_plugin.val_step_context():
+            return self._step("validation_step", *args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """See ``training_step``."""
+        with self.precision_plugin.test_step_context():
+            return self._step("test_step", *args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """See ``training_step``."""
+        with self.precision_plugin.predict_step_context():
+            return self._step("predict_step", *args, **kwargs)
+
+    def _step(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        module = self.lightning_module
+        assert module is not None
+        if self.model is module and not hasattr(module, "_get_fsdp_state"):
+            return getattr(module, name)(*args, **kwargs)  # what is sharded is below
+        assert self.model is not None
+        return self._forward_redirection(self.model, module, name, *args, **kwargs)
+
     def _parallelize(self, module: Module) -> Module:
         if is_parallelized(module):
             return check_parallelized(module)

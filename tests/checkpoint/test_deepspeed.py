@@ -106,7 +106,7 @@ def test_a_folder_loads_under_other_strategies_and_numbers_of_ranks(saved, strat
 
 
 def test_no_more_is_planned_than_the_weights(saved):
-    path, expected = saved
+    path, _ = saved
     model = TinyLM()
     weights = sum(tensor.nbytes for tensor in dict(model.named_parameters()).values()) + model.noise.nbytes
     assert plan_load(model, path).num_bytes == weights

@@ -9,7 +9,7 @@ import torch
 import torchmetrics
 
 import lightning_efficient_init.checkpoint as checkpoint
-from lightning_efficient_init.checkpoint import index_checkpoint, index_tree, weights_of
+from lightning_efficient_init.checkpoint import index_checkpoint, index_tree, read_entry, weights_of
 from lightning_efficient_init.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -139,12 +139,13 @@ def test_a_folder_without_weights_is_reported_with_what_is_in_it(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_torch_distributed_folder_is_refused_by_name(tmp_path):
+def test_a_torch_distributed_folder_of_bare_weights_is_read(tmp_path):
     import torch.distributed.checkpoint as dcp
 
     dcp.save({"w": torch.ones(2)}, checkpoint_id=tmp_path / "dcp")
-    with pytest.raises(UnsupportedCheckpointError, match=r"torch distributed checkpoint folder.*dcp_to_torch"):
-        index_checkpoint(tmp_path / "dcp")
+    found = index_checkpoint(tmp_path / "dcp")
+    assert found.format == "torch distributed checkpoint folder"
+    assert torch.equal(read_entry(found.weights["w"]), torch.ones(2))
 
 
 def test_a_deepspeed_folder_of_whole_weights_is_read(tmp_path):

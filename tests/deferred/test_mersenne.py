@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from lightning_efficient_init.deferred import mersenne
+from lightning_efficient_init.deferred import deferred_init, mersenne
+from lightning_efficient_init.deferred.recipe import recipe_of
 
 
 @pytest.mark.parametrize("drawn_before", [0, 1, 623, 624, 625, 5000])
@@ -35,3 +37,22 @@ def test_many_small_steps_are_one_jump():
         mersenne._jump(steps, 4_000_000_000)
     mersenne._jump(jump, 12_000_000_000)
     assert torch.equal(steps.get_state(), jump.get_state())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("fill", [nn.init.normal_, nn.init.uniform_])
+def test_draws_of_ordinary_fills_are_known_without_running_them(fill, dtype):
+    sizes = (16, 17, 31, 32, 100, 4097)
+    with deferred_init():
+        filled = [fill(torch.empty(size, dtype=dtype)) for size in sizes]
+        draws = [recipe_of(tensor).ops[-1].draw for tensor in filled]
+        assert all(draw.stream.draws[draw.index] is not None for draw in draws)
+    torch.manual_seed(3)
+    with deferred_init():
+        for size in sizes:
+            fill(nn.Parameter(torch.empty(size, dtype=dtype)))
+    found = torch.get_rng_state()
+    torch.manual_seed(3)
+    for size in sizes:
+        fill(torch.empty(size, dtype=dtype))
+    assert torch.equal(found, torch.get_rng_state())

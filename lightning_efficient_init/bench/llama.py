@@ -1,8 +1,12 @@
-"""A LLaMA as one finds it: no ``reset_parameters``, initialized through ``apply``. And a model of many small layers."""
+"""What is built and loaded: a LLaMA as one finds it, without ``reset_parameters``, initialized through ``apply``.
+
+And models of many small tensors.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +30,13 @@ class Size:
         return math.ceil(int(8 * self.width / 3) / 256) * 256
 
 
-SIZES = {"tiny": Size(2, 2, 64), "1B": Size(22, 16, 2048), "7B": Size(32, 32, 4096)}
+SIZES = {
+    "tiny": Size(2, 2, 64),
+    "0.1B": Size(12, 12, 768),
+    "1B": Size(22, 16, 2048),
+    "7B": Size(32, 32, 4096),
+    "13B": Size(40, 40, 5120),
+}
 
 
 class RMSNorm(nn.Module):
@@ -93,6 +103,8 @@ class Block(nn.Module):
 class LLaMA(nn.Module):
     """The whole model; at ``"7B"`` it has 6.74 billion parameters, 13.48 GB in bf16."""
 
+    rope: Tensor
+
     def __init__(self, size: Size) -> None:
         super().__init__()
         self.size = size
@@ -128,8 +140,25 @@ def _rotate(x: Tensor, rope: Tensor) -> Tensor:
     return torch.view_as_real(pairs * rope).flatten(-2).type_as(x)
 
 
+class Tensors(nn.Module):
+    """Parameters of one size, a hundred to a module.
+
+    Args:
+        count: How many.
+        numel: Elements of each.
+    """
+
+    def __init__(self, count: int, numel: int) -> None:
+        super().__init__()
+        for start in range(0, count, 100):
+            group = [nn.Parameter(torch.empty(numel)) for _ in range(start, min(count, start + 100))]
+            self.add_module(str(start // 100), nn.ParameterList(map(nn.init.normal_, group)))
+
+
 def build(name: str) -> nn.Module:
-    """A LLaMA of one of the ``SIZES``, or ``"many"``: 10,000 small tensors."""
+    """A LLaMA of one of the ``SIZES``, ``"many"`` for 10,000 small tensors, or tensors x elements: ``"1000x500"``."""
     if name == "many":
         return nn.ModuleList(nn.ModuleList(nn.Linear(16, 16) for _ in range(50)) for _ in range(100))
+    if sizes := re.fullmatch(r"(\d+)x(\d+)", name):
+        return Tensors(int(sizes[1]), int(sizes[2]))
     return LLaMA(SIZES[name])

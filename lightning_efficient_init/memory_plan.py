@@ -1,0 +1,462 @@
+"""What a model will take on each device, before anything is allocated: to load it, and to train it.
+
+How it is counted. What stays is counted tensor by tensor: parameters (quantized ones in the layout of bitsandbytes),
+buffers, gradients, and the optimizer's state, which is found by letting the optimizer step on a small parameter.
+What a load takes beside that follows from the pipeline: its ring on the host, and on the device one slot for each
+thread that casts, or the scratch of tensors that cannot be filled directly. A sharded rank has its share of all that,
+and beside it one block while loading; in a training step, two gathered blocks and what belongs to none.
+
+Activations are not in it: they depend on the batch. Nor are the CUDA context and what an allocator keeps in reserve.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any, Final
+
+import torch
+from torch.nn import Linear, Module, MultiheadAttention, Parameter
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_efficient_init.checkpoint import Entry
+from lightning_efficient_init.deferred import has_recipe
+from lightning_efficient_init.errors import UsageError
+from lightning_efficient_init.fsdp2 import repeated_blocks
+from lightning_efficient_init.load.keys import KeyMap
+from lightning_efficient_init.load.pipeline import SLOTS_PER_THREAD, Settings, divide
+from lightning_efficient_init.load.plan import LoadPlan, plan_load, unwrap
+from lightning_efficient_init.sinks import sink_for
+
+MakeOptimizer = Callable[[list[Parameter]], Optimizer]
+
+_DTYPES: Final = {
+    "32-true": torch.float32,
+    "bf16-true": torch.bfloat16,
+    "16-true": torch.float16,
+    "64-true": torch.float64,
+    "bf16-mixed": torch.float32,
+    "16-mixed": torch.float32,
+}
+_REPLICATED: Final = ("efficient_init", "efficient_init_ddp")
+_SHARDED: Final = ("efficient_init_fsdp", "efficient_init_fsdp2", "efficient_init_deepspeed_stage_3")
+_OFFLOADED: Final = ("efficient_init_deepspeed_stage_3_offload",)
+STRATEGIES: Final = (*_REPLICATED, *_SHARDED, *_OFFLOADED)
+QUANTIZATIONS: Final = ("int8", "int8-training", "nf4", "nf4-dq", "fp4", "fp4-dq")
+PRECISIONS: Final = tuple(_DTYPES)
+
+_ALLOCATION_BYTES: Final = 512  # to a multiple of which CUDA's caching allocator rounds up
+_CUDA_HOST_BYTES: Final = 120 << 20  # beside the ring: kernels loaded at first use; an H100 machine with torch 2.11
+_ENTRY_BYTES: Final = 1800  # of an index and a plan, for each tensor
+_MAX_DEVICES: Final = 1024
+_QUANTIZED_BLOCK, _NESTED_BLOCK = 64, 256  # elements that share a scale in bitsandbytes' 4-bit layout
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What a model takes on each rank. All numbers are bytes.
+
+    Attributes:
+        strategy: Name of the strategy in Lightning's registries.
+        num_devices: Ranks, taken to be on one node.
+        precision: The precision, or None for the model's own dtypes.
+        quantize: The quantization, or None.
+        device_type: "cuda" or "cpu".
+        bytes_read: Read from files; ranks of a node that hold the same read an even share each, and hand it on.
+        device: What is on the device after loading, and in training: "parameters", "buffers", "gradients", "optimizer
+            state"; and "communication", the buckets that DDP has from the moment it wraps a model.
+        loading: What the device needs beside parameters and buffers, while loading.
+        training: What the device needs beside all of ``device``, in a training step; activations not included.
+        host: Growth of the host's anonymous memory while loading, at its highest. On a CPU, ``device`` is on the host,
+            and not in this number.
+        host_stays: What is on the host afterwards (offloaded parameters, gradients and optimizer state).
+    """
+
+    strategy: str
+    num_devices: int
+    precision: str | None
+    quantize: str | None
+    device_type: str
+    bytes_read: int
+    device: Mapping[str, int]
+    loading: int
+    training: int
+    host: int
+    host_stays: int = 0
+
+    @property
+    def final_bytes(self) -> int:
+        """What the loaded model takes on the device."""
+        return self.device["parameters"] + self.device["buffers"]
+
+    @property
+    def load_peak_bytes(self) -> int:
+        """Most memory on the device while loading."""
+        return self.final_bytes + self.device["communication"] + self.loading
+
+    @property
+    def device_peak_bytes(self) -> int:
+        """Most memory on the device, loading and training."""
+        return max(self.load_peak_bytes, sum(self.device.values()) + self.training)
+
+    @property
+    def host_peak_bytes(self) -> int:
+        """Most anonymous memory on the host, the model itself included where that is its device."""
+        on_host = self.device_peak_bytes if self.device_type == "cpu" else 0
+        return self.host + self.host_stays + on_host
+
+    def fits(self, device_bytes: int) -> bool:
+        """Whether a device with that much free memory has room, activations not counted."""
+        return (self.host_peak_bytes if self.device_type == "cpu" else self.device_peak_bytes) <= device_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked of `plan_memory`; see there."""
+
+    strategy: str = "efficient_init"
+    num_devices: int = 1
+    precision: str | None = None
+    quantize: str | None = None
+    skip_modules: Sequence[str] = ()
+    optimizer: MakeOptimizer | None = None
+    device_type: str = "cuda"
+    settings: Settings = field(default_factory=Settings)
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (
+            ("strategy", self.strategy, STRATEGIES),
+            ("precision", self.precision, (None, *PRECISIONS)),
+            ("quantize", self.quantize, (None, *QUANTIZATIONS)),
+            ("device_type", self.device_type, ("cuda", "cpu")),
+        ):
+            if value not in choices:
+                raise UsageError(f"{name} {value!r}: expected one of {', '.join(map(repr, choices))}.")
+        if self.num_devices < 1 or (self.strategy == "efficient_init" and self.num_devices > 1):
+            raise UsageError(
+                f"{self.num_devices} devices: expected at least one, and exactly one for 'efficient_init'. Choose "
+                "another strategy for several devices."
+            )
+
+
+def plan_memory(
+    model: Module,
+    checkpoint: LoadPlan | str | os.PathLike[str] | None = None,
+    *,
+    strategy: str = "efficient_init",
+    num_devices: int = 1,
+    precision: str | None = None,
+    quantize: str | None = None,
+    skip_modules: Sequence[str] = (),
+    optimizer: MakeOptimizer | None = None,
+    device_type: str = "cuda",
+    key_map: KeyMap | None = None,
+    host_buffer_bytes: int = 256 << 20,
+    num_threads: int | None = None,
+) -> MemoryPlan:
+    """Say what a model takes on each device, without allocating any of it.
+
+    Args:
+        model: The model; deferred, on the meta device, or real.
+        checkpoint: What is loaded into it: a path, or a plan that `plan_load` has made. None for a model that runs its
+            initializers.
+        strategy: Name of one of this package's strategies.
+        num_devices: How many devices the model is on, or sharded over.
+        precision: As for `EfficientInit`; None counts the model's own dtypes.
+        quantize: As for `EfficientInit`.
+        skip_modules: As for `EfficientInit`.
+        optimizer: Makes the optimizer from a list of parameters, ``torch.optim.AdamW`` say; None for inference.
+        device_type: "cuda" or "cpu".
+        key_map: See `load_checkpoint`.
+        host_buffer_bytes: See `load_checkpoint`.
+        num_threads: See `load_checkpoint`; the default depends on the machine.
+
+    Raises:
+        UsageError: A name is unknown, or they do not go together.
+        StateDictMismatchError: The checkpoint does not fit the model.
+        CheckpointError: The checkpoint cannot be read.
+
+    Example:
+        >>> with torch.device("meta"):
+        ...     model = torch.nn.Linear(1024, 1024, bias=False)
+        >>> plan_memory(model, precision="bf16-true").final_bytes
+        2097152
+    """
+    settings = Settings(host_buffer_bytes, num_threads)
+    asked = Question(strategy, num_devices, precision, quantize, skip_modules, optimizer, device_type, settings)
+    plan = plan_load(model, checkpoint, key_map=key_map) if isinstance(checkpoint, (str, os.PathLike)) else checkpoint
+    return answer(unwrap(model), plan, asked)
+
+
+def answer(model: Module, plan: LoadPlan | None, asked: Question) -> MemoryPlan:
+    """See `plan_memory`."""
+    sizes = _Sizes(model, asked)
+    share = 1 if asked.strategy in _REPLICATED else asked.num_devices
+    is_offloaded = asked.strategy in _OFFLOADED
+    stays = {
+        "parameters": _part_of(sizes.parameters, share),
+        "gradients": _part_of(sizes.gradients, share),
+        "optimizer state": _part_of(sizes.optimizer_state, share),
+    }
+    return MemoryPlan(
+        strategy=asked.strategy,
+        num_devices=asked.num_devices,
+        precision=asked.precision,
+        quantize=asked.quantize,
+        device_type=asked.device_type,
+        bytes_read=0 if plan is None else _part_of(plan.num_bytes, asked.num_devices),
+        device={
+            **(dict.fromkeys(stays, 0) if is_offloaded else stays),
+            "buffers": sizes.buffers,
+            "communication": sizes.trainable if asked.strategy == "efficient_init_ddp" else 0,
+        },
+        loading=_scratch(sizes, plan, asked) + (sizes.largest_block if asked.strategy not in _REPLICATED else 0),
+        training=0 if asked.optimizer is None else _in_training(sizes, asked, share),
+        host=_host(plan, asked),
+        host_stays=sum(stays.values()) if is_offloaded else 0,
+    )
+
+
+def remedies(model: Module, plan: LoadPlan | None, asked: Question, device_bytes: int) -> list[MemoryPlan]:
+    """What would fit where ``asked`` does not: the fewest changes, and the least of each kind.
+
+    Args:
+        model: The model.
+        plan: What is loaded into it.
+        asked: What does not fit.
+        device_bytes: Free memory of each device.
+
+    Returns:
+        A change of precision, one of quantization, one of sharding, as far as each is enough; if none is, pairs.
+    """
+    kinds = [list(_other_precisions(asked)), list(_other_quantizations(asked)), list(_other_shardings(asked))]
+    found = [first for kind in kinds if (first := _first_fit(model, plan, asked, kind, device_bytes))]
+    if found:
+        return found
+    pairs = [[{**a, **b} for b in second for a in first] for i, first in enumerate(kinds) for second in kinds[i + 1 :]]
+    return [first for pair in pairs if (first := _first_fit(model, plan, asked, pair, device_bytes))]
+
+
+def _first_fit(
+    model: Module, plan: LoadPlan | None, asked: Question, changes: Sequence[dict[str, Any]], device_bytes: int
+) -> MemoryPlan | None:
+    candidates = (answer(model, plan, replace(asked, **change)) for change in changes)
+    return next((candidate for candidate in candidates if candidate.fits(device_bytes)), None)
+
+
+def _other_precisions(asked: Question) -> Iterator[dict[str, Any]]:
+    if asked.precision is None or _DTYPES[asked.precision].itemsize > 2:
+        yield {"precision": "bf16-true"}
+
+
+def _other_quantizations(asked: Question) -> Iterator[dict[str, Any]]:
+    """In the order of their sizes. They are for inference: what is quantized has no gradients."""
+    if asked.optimizer is None and asked.strategy in _REPLICATED:
+        order = [None, "int8", "nf4", "nf4-dq"]
+        start = order.index(asked.quantize) + 1 if asked.quantize in order else len(order)
+        yield from ({"quantize": name} for name in order[start:])
+
+
+def _other_shardings(asked: Question) -> Iterator[dict[str, Any]]:
+    if asked.device_type == "cpu" or asked.quantize is not None:
+        return
+    strategy = "efficient_init_fsdp2" if asked.strategy in _REPLICATED else asked.strategy
+    num_devices = max(2, asked.num_devices)
+    while num_devices <= _MAX_DEVICES:
+        yield {"strategy": strategy, "num_devices": num_devices}
+        num_devices *= 2
+
+
+class _Sizes:
+    """Bytes of a whole model, by kind."""
+
+    def __init__(self, model: Module, asked: Question) -> None:
+        self._asked = asked
+        self._dtype = None if asked.precision is None else _DTYPES[asked.precision]
+        quantized = _quantizable(model, asked.skip_modules) if asked.quantize else set()
+        parameters = {id(p): p for p in model.parameters()}
+        self.largest_quantized = max((self._plain(parameters[key]) for key in quantized), default=0)
+        self.of_parameter = {
+            key: self._quantized(p) if key in quantized else self._plain(p) for key, p in parameters.items()
+        }
+        self.parameters = sum(self.of_parameter.values())
+        self.buffers = sum(self._rounded(b.nbytes) for b in {id(b): b for b in model.buffers()}.values())
+        trainable = [p for key, p in parameters.items() if p.requires_grad and key not in quantized]
+        self.trainable = sum(map(self._plain, trainable))
+        self.gradients = self.trainable if asked.optimizer else 0
+        self.temporary_share = 0.0  # of the parameters that an optimizer steps at once
+        self.optimizer_state = self._optimizer_state(trainable) if asked.optimizer else 0
+        self.largest_trainable = max(map(self._plain, trainable), default=0)
+        self.largest_block, self.rest = self._blocks(model)
+
+    def _plain(self, parameter: Parameter) -> int:
+        return self._rounded(parameter.numel() * self._dtype_of(parameter).itemsize)
+
+    def _dtype_of(self, parameter: Parameter) -> torch.dtype:
+        return self._dtype if self._dtype is not None and parameter.is_floating_point() else parameter.dtype
+
+    def _quantized(self, weight: Parameter) -> int:
+        kind = str(self._asked.quantize)
+        if kind == "int8-training":  # quantized anew in each forward
+            return self._plain(weight)
+        if kind == "int8":
+            return self._rounded(weight.numel()) + self._rounded(4 * weight.shape[0])
+        blocks = math.ceil(weight.numel() / _QUANTIZED_BLOCK)
+        scales = [4 * blocks]
+        if kind.endswith("-dq"):
+            scales = [blocks, 4 * math.ceil(blocks / _NESTED_BLOCK), 4 * 256, 4]
+        return sum(map(self._rounded, [math.ceil(weight.numel() / 2), 4 * 16, *scales]))
+
+    def _rounded(self, num_bytes: int) -> int:
+        if self._asked.device_type == "cpu":
+            return num_bytes
+        return -(-num_bytes // _ALLOCATION_BYTES) * _ALLOCATION_BYTES
+
+    def _optimizer_state(self, trainable: Sequence[Parameter]) -> int:
+        """By dtype; DeepSpeed adds values in float32 where parameters are smaller, and keeps its state in float32."""
+        is_deepspeed = "deepspeed" in self._asked.strategy
+        numel: Counter[torch.dtype] = Counter()
+        for parameter in trainable:
+            numel[self._dtype_of(parameter)] += parameter.numel()
+        total = 0
+        for dtype, count in numel.items():
+            assert self._asked.optimizer is not None
+            cost = _cost_of(self._asked.optimizer, torch.float32 if is_deepspeed else dtype, self._asked.device_type)
+            self.temporary_share = max(self.temporary_share, cost.temporary / dtype.itemsize)
+            total += round(count * (cost.state + (4 if is_deepspeed and dtype.itemsize < 4 else 0)))
+        return total
+
+    def _blocks(self, model: Module) -> tuple[int, int]:
+        """Bytes of the largest of the repeated blocks, and of all parameters that are in none."""
+        blocks = list(repeated_blocks(model))
+        inside = {id(p) for block in blocks for p in block.parameters()}
+        largest = max((sum(self.of_parameter[id(p)] for p in block.parameters()) for block in blocks), default=0)
+        rest = [num_bytes for key, num_bytes in self.of_parameter.items() if key not in inside]
+        return max([largest, *rest]), sum(rest)
+
+
+def _quantizable(model: Module, skip_modules: Sequence[str]) -> set[int]:
+    """Ids of the weights that are quantized: those of linear layers that are not skipped, tied or read directly."""
+    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    read_directly = {id(m.out_proj.weight) for m in model.modules() if isinstance(m, MultiheadAttention)}
+    return {
+        id(module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, Linear)
+        and uses[id(module.weight)] == 1
+        and id(module.weight) not in read_directly
+        and not any(_matches(name, pattern) for pattern in skip_modules)
+    }
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Globs on whole segments of a path; what is below a match matches."""
+    path, wanted = name.split("."), pattern.split(".")
+    return len(path) >= len(wanted) and all(map(fnmatchcase, path, wanted))
+
+
+@dataclass(frozen=True, slots=True)
+class _OptimizerCost:
+    """Bytes for each element of a parameter: what an optimizer keeps, and what it needs for a moment in a step."""
+
+    state: float
+    temporary: float
+
+
+def _cost_of(make: MakeOptimizer, dtype: torch.dtype, device_type: str) -> _OptimizerCost:
+    """Found by letting the optimizer step twice: the first step makes its state, the second shows its temporaries."""
+    parameter = Parameter(torch.zeros(128, 128, dtype=dtype, device="cpu"))
+    optimizer = make([parameter])
+    for group in optimizer.param_groups:
+        if group.get("foreach", True) is None:
+            group["foreach"] = device_type == "cuda"  # as torch itself chooses
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    state = [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]
+    with _Temporaries() as temporaries:
+        optimizer.step()
+    kept = sum(tensor.nbytes for tensor in state if tensor.numel() > 1)
+    return _OptimizerCost(kept / parameter.numel(), temporaries.peak_bytes / parameter.numel())
+
+
+class _Temporaries(TorchDispatchMode):
+    """Bytes of new tensors that are alive at once, at most."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak_bytes = 0
+        self._alive: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.numel() > 1 and not func._schema.is_mutable:
+                self._alive[id(tensor)] = tensor.nbytes
+                weakref.finalize(tensor, self._alive.pop, id(tensor), None)
+        self.peak_bytes = max(self.peak_bytes, sum(self._alive.values()))
+        return result
+
+
+def _scratch(sizes: _Sizes, plan: LoadPlan | None, asked: Question) -> int:
+    """What the device needs while bytes arrive, beside the tensors that they are for."""
+    if plan is None:
+        return sizes.largest_quantized
+    tensors = plan.binding.tensors
+    sinks = [sink_for(name, _in_place(tensors[name]), entry).scratch_bytes for name, entry in plan.entries.items()]
+    batch = min(sum(sinks), max([asked.settings.host_buffer_bytes if sum(sinks) else 0, *sinks]))
+    casting = 0
+    if asked.device_type == "cuda" and _is_cast(plan, asked):
+        threads, slot_bytes = divide(asked.settings)
+        casting = min(threads * slot_bytes, plan.num_bytes)
+    return max(batch, casting) + sizes.largest_quantized
+
+
+def _in_place(tensor: torch.Tensor) -> torch.Tensor:
+    """What a deferred tensor will be once it has memory."""
+    if not has_recipe(tensor):
+        return tensor
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _is_cast(plan: LoadPlan, asked: Question) -> bool:
+    """Whether any value has to change its dtype on the way."""
+    tensors = plan.binding.tensors
+    return any(_dtypes_differ(tensors[name], entry, asked) for name, entry in plan.entries.items())
+
+
+def _dtypes_differ(tensor: torch.Tensor, entry: Entry, asked: Question) -> bool:
+    if asked.precision is not None and tensor.is_floating_point() and isinstance(tensor, Parameter):
+        return _DTYPES[asked.precision] != entry.dtype
+    return tensor.dtype != entry.dtype
+
+
+def _host(plan: LoadPlan | None, asked: Question) -> int:
+    """The ring, as far as it is used, and what an index takes."""
+    if plan is None:
+        return 0
+    index = _ENTRY_BYTES * len(plan.entries)
+    if asked.device_type == "cpu" and asked.quantize is None and not _is_cast(plan, asked):
+        return index  # bytes go straight to the parameters
+    threads, slot_bytes = divide(asked.settings)
+    ring = min(plan.num_bytes, threads * SLOTS_PER_THREAD * slot_bytes)
+    return index + ring + (_CUDA_HOST_BYTES if asked.device_type == "cuda" else 0)
+
+
+def _in_training(sizes: _Sizes, asked: Question, share: int) -> int:
+    """Beside weights, gradients and state: gathered blocks, or what an optimizer's step computes."""
+    # on CUDA torch steps all parameters at once; on a CPU one after the other
+    at_once = _part_of(sizes.gradients, share) if asked.device_type == "cuda" else sizes.largest_trainable
+    step = round(sizes.temporary_share * at_once)
+    gathered = 0 if asked.strategy in _REPLICATED else 2 * sizes.largest_block + sizes.rest
+    return max(gathered, step)
+
+
+def _part_of(num_bytes: int, share: int) -> int:
+    return -(-num_bytes // share)
