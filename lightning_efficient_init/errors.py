@@ -11,6 +11,7 @@
     ├── DeferredInitError                     (RuntimeError) deferred construction
     │   ├── UnrecordableError                 an operation that cannot be recorded exactly
     │   └── DeferredParameterError            a parameter without memory was used as if it had some
+    ├── QuantizationError                     (ValueError) a model cannot be quantized as it was asked for
     └── UsageError                            (ValueError) what was asked of a plan or a benchmark cannot be done
 
 Every message says what (the file and the tensor), what was expected, what was found, and what to do next.
@@ -97,6 +98,10 @@ class StateDictMismatchError(CheckpointError, RuntimeError):
         self.missing = missing
         self.unexpected = unexpected
         self.mismatched = mismatched or {}
+
+
+class QuantizationError(EfficientInitError, ValueError):
+    """A model cannot be quantized as it was asked for."""
 
 
 class DeferredInitError(EfficientInitError, RuntimeError):

@@ -13,12 +13,13 @@ from torch.optim import Optimizer
 
 from lightning_efficient_init.deferred import distribute, initialize_required, postponed_init, unrecorded_engines, watch
 from lightning_efficient_init.deferred.sharded import Windows
+from lightning_efficient_init.errors import QuantizationError
 from lightning_efficient_init.init_context import init_context
 from lightning_efficient_init.load.load import run_plan
 from lightning_efficient_init.load.optimizer import read_optimizer_state
 from lightning_efficient_init.load.postponed import has_waiting, take_waiting
 from lightning_efficient_init.load.replicas import Replicas, agreed, replicas_over
-from lightning_efficient_init.quantize import QuantizationError, QuantizedLayer
+from lightning_efficient_init.quantize import QuantizedLayer
 
 
 class ShardsModules:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from lightning_efficient_init.quantize.choose import QuantizationError
 from lightning_efficient_init.quantize.layers import QuantizedLayer, QuantizedParameter, Writer
 from lightning_efficient_init.quantize.modes import MODES, QuantizeMode
 from lightning_efficient_init.quantize.quantizer import Quantizer
@@ -10,7 +9,6 @@ from lightning_efficient_init.quantize.state import parts_of
 
 __all__ = [
     "MODES",
-    "QuantizationError",
     "QuantizeMode",
     "QuantizedLayer",
     "QuantizedParameter",

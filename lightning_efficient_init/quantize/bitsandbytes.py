@@ -339,9 +339,10 @@ class _Writer4bit:
     def write(self, values: Tensor, start: int) -> None:
         size = _CPU_CHUNK if values.device.type == "cpu" else max(1, values.numel())
         for chunk in values.split(size):
-            packed, absmax = torch.ops.bitsandbytes.quantize_4bit.default(
-                chunk, BLOCK_SIZE, self._state.quant_type, torch.uint8
-            )
+            with _on_default_stream(chunk.device):
+                packed, absmax = torch.ops.bitsandbytes.quantize_4bit.default(
+                    chunk, BLOCK_SIZE, self._state.quant_type, torch.uint8
+                )
             self._packed[start // 2 :][: packed.numel()].copy_(packed.view(-1))
             self._absmax[start // BLOCK_SIZE :][: absmax.numel()].copy_(absmax)
             start += chunk.numel()
@@ -351,11 +352,26 @@ class _Writer4bit:
         if state.nested:  # as in bitsandbytes.functional.quantize_4bit
             offset = self._absmax.mean()
             code = _dynamic_code(self._absmax.device)
-            absmax, outer = quantize_blockwise(self._absmax - offset, code=code, blocksize=NESTED_BLOCK_SIZE)
+            with _on_default_stream(offset.device):
+                absmax, outer = quantize_blockwise(self._absmax - offset, code=code, blocksize=NESTED_BLOCK_SIZE)
             for target, value in ((state.offset, offset), (state.absmax, absmax), (state.state2.absmax, outer.absmax)):
                 target.copy_(value)
             state.state2.code.copy_(code)
         state.code.copy_(_code(state.quant_type, state.code.device))
+
+
+@contextmanager
+def _on_default_stream(device: torch.device) -> Iterator[None]:
+    """The kernels that quantize blocks run on CUDA's default stream, whichever is current (bitsandbytes 0.50)."""
+    if device.type != "cuda" or torch.cuda.current_stream(device) == torch.cuda.default_stream(device):
+        yield
+        return
+    current, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
+    default.wait_stream(current)
+    with torch.cuda.stream(default):
+        yield
+    current.wait_stream(default)
+    torch.cuda.current_stream(device).synchronize()  # what was allocated there may be freed here
 
 
 class _Writer8bit:

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Module
 
-from lightning_efficient_init.errors import EfficientInitError
 from lightning_efficient_init.quantize.layers import QuantizedLayer
 
 log = logging.getLogger(__name__)
@@ -30,10 +29,6 @@ log = logging.getLogger(__name__)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _OWN_LOADING = ("_load_from_state_dict", "_save_to_state_dict", "_apply")
 _HARMLESS = frozenset({"device", "requires_grad"})  # what may be asked of a quantized weight
-
-
-class QuantizationError(EfficientInitError, ValueError):
-    """A model cannot be quantized as it was asked for."""
 
 
 def choose(roots: Iterable[Module], skip: Sequence[str] = ()) -> list[Module]:

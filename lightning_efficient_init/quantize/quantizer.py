@@ -19,8 +19,8 @@ from torch.nn.modules.module import (
 from lightning_efficient_init.deferred import empty_init, is_deferred, layerwise_init, recording
 from lightning_efficient_init.deferred.active import current
 from lightning_efficient_init.deferred.recipe import recipe_of
-from lightning_efficient_init.errors import shorten
-from lightning_efficient_init.quantize.choose import QuantizationError, choose, is_conv1d, matches
+from lightning_efficient_init.errors import QuantizationError, shorten
+from lightning_efficient_init.quantize.choose import choose, is_conv1d, matches
 from lightning_efficient_init.quantize.layers import QuantizedLayer
 from lightning_efficient_init.quantize.modes import MODES, is_4bit
 

@@ -11,7 +11,8 @@ from quantized_models import quantizing_fabric as quantizing
 from torch import nn
 
 from lightning_efficient_init import EfficientInit
-from lightning_efficient_init.quantize import MODES, QuantizationError, QuantizedLayer
+from lightning_efficient_init.errors import QuantizationError
+from lightning_efficient_init.quantize import MODES, QuantizedLayer
 from lightning_efficient_init.quantize.choose import matches
 
 

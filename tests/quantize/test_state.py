@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_efficient_init import load_checkpoint, plan_load, uninitialized_parameters
-from lightning_efficient_init.errors import StateDictMismatchError
+from lightning_efficient_init.errors import CheckpointError, StateDictMismatchError
 from lightning_efficient_init.quantize import MODES
 
 PACKED = [mode for mode in MODES if mode != "int8-training"]
@@ -253,6 +253,13 @@ def test_a_parent_with_loading_code_of_its_own_loads_quantized_layers(mode, tmp_
     report = load_checkpoint(model, tmp_path / "a.pth", strict=False)
     assert "new.weight" in report.loaded
     assert_quantized_as_by_bitsandbytes(model.new, weight, mode)
+
+
+@pytest.mark.parametrize("mode", PACKED)
+def test_a_quantized_weight_cannot_be_the_files_own_memory(mode, tmp_path):
+    torch.save({"layer.weight": torch.randn(32, 64), "layer.bias": torch.zeros(32)}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="mmap=False"):
+        load_checkpoint(built(quantizing(mode, "32-true"), NamedNet), tmp_path / "a.pth", mmap=True)
 
 
 def test_tied_layers_that_are_both_linear_are_left_alone_and_load(tmp_path):
