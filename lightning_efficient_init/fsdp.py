@@ -135,6 +135,14 @@ class KeepsDeclaredDtypes:
 
         return MixedPrecision(param_dtype=self._computes_in, reduce_dtype=self._computes_in)
 
+    def tensor_init_context(self) -> AbstractContextManager[Any]:
+        """Tensors are created in the dtype that is sharded, which Lightning 2.5 takes for the one that computes."""
+        return _DtypeContextManager(self._desired_input_dtype)
+
+    def module_init_context(self) -> AbstractContextManager[Any]:
+        """See ``tensor_init_context``."""
+        return self.tensor_init_context()
+
     def forward_context(self) -> AbstractContextManager[Any]:
         """Autocast on the device that there is."""
         if self.precision.endswith("mixed"):
