@@ -119,8 +119,16 @@ def test_the_plan_load_snippet_runs(llama_file, capsys):
     assert str(num_bytes) in capsys.readouterr().out
 
 
+def test_the_configure_model_snippet_runs():
+    model = run(snippet_with("ConfigureModelMixin"), "cpu")["Classifier"]()
+    model.configure_model()
+    net = model.net
+    model.configure_model()
+    assert model.net is net
+
+
 def test_every_snippet_is_run_here():
-    assert len(SNIPPETS) == 4
+    assert len(SNIPPETS) == 5
 
 
 def test_precisions_are_those_of_the_plugin():
