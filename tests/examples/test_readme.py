@@ -154,8 +154,16 @@ def test_the_plan_memory_snippet_runs(llama_file, capsys):
     assert names["plan"].device["optimizer state"] == 2 * 2 * numel
 
 
+def test_the_configure_model_snippet_runs():
+    model = run(snippet_with("ConfigureModelMixin"), "cpu")["Classifier"]()
+    model.configure_model()
+    net = model.net
+    model.configure_model()
+    assert model.net is net
+
+
 def test_every_snippet_is_run_here():
-    assert len(SNIPPETS) == 7
+    assert len(SNIPPETS) == 8
 
 
 def test_precisions_are_those_of_the_plugin():
