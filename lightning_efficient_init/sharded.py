@@ -11,7 +11,8 @@ from torch import distributed
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from lightning_efficient_init.deferred import distribute, initialize_required, postponed_init, watch
+from lightning_efficient_init.deferred import distribute, initialize_required, postponed_init, unrecorded_engines, watch
+from lightning_efficient_init.deferred.sharded import Windows
 from lightning_efficient_init.errors import QuantizationError
 from lightning_efficient_init.init_context import init_context
 from lightning_efficient_init.load.load import run_plan
@@ -30,12 +31,19 @@ class ShardsModules:
         """All ranks, once there are processes: they load together."""
         return replicas_over(distributed.group.WORLD) if distributed.is_initialized() else None
 
-    def shard(self, module: Module, engine: Callable[[Module], Module]) -> Module:
-        """Let ``engine`` shard a module; then read the checkpoints that were loaded into it before, and watch it."""
+    def shard(self, module: Module, engine: Callable[[Module], Module], known: Windows | None = None) -> Module:
+        """Let ``engine`` shard a module; then read the checkpoints that were loaded into it before, and watch it.
+
+        Args:
+            module: The module.
+            engine: Shards it, and returns it.
+            known: See `distribute`.
+        """
         refuse_quantized(next((m.mode for m in module.modules() if isinstance(m, QuantizedLayer)), None))
         replicas = self.replicas()
         with agreed(replicas):
-            sharded = distribute(module, engine, self.root_device, is_empty=has_waiting(module))
+            is_empty = has_waiting(module)
+            sharded = distribute(module, engine, self.root_device, is_empty=is_empty, known=known)
             for plan, settings in take_waiting(sharded):
                 run_plan(plan, settings, replicas=replicas)
             initialize_required(sharded)
@@ -74,5 +82,5 @@ def refuse_quantized(mode: str | None) -> None:
 @contextmanager
 def sharded_init_context(device: torch.device, *, empty: bool) -> Iterator[None]:
     """Construct modules that are going to be sharded: on paper, for ``device``; checkpoints wait for them."""
-    with device, init_context(empty=False), postponed_init(is_optional=empty):
+    with device, init_context(empty=False), postponed_init(is_optional=empty), unrecorded_engines():
         yield

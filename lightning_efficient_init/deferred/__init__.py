@@ -11,6 +11,7 @@ from lightning_efficient_init.deferred.distribute import (
     move_whole,
     share_buffers,
 )
+from lightning_efficient_init.deferred.engines import unrecorded_engines
 from lightning_efficient_init.deferred.materialize import (
     allocate,
     claim,
@@ -61,5 +62,6 @@ __all__ = [
     "share_buffers",
     "undisturbed",
     "uninitialized_parameters",
+    "unrecorded_engines",
     "watch",
 ]

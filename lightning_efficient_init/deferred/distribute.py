@@ -32,7 +32,9 @@ from lightning_efficient_init.sharding import give_local_memory, is_dtensor, off
 Engine = Callable[[Module], Module]
 
 
-def distribute(module: Module, engine: Engine, device: torch.device, *, is_empty: bool = False) -> Module:
+def distribute(
+    module: Module, engine: Engine, device: torch.device, *, is_empty: bool = False, known: Windows | None = None
+) -> Module:
     """Let ``engine`` shard a deferred module, and give each rank's parts their memory and values.
 
     Together the ranks hold what rank 0 alone would hold. All ranks come here.
@@ -43,6 +45,7 @@ def distribute(module: Module, engine: Engine, device: torch.device, *, is_empty
         device: This rank's device. Parts are made there; an engine that offloads moves them on.
         is_empty: Whether parameters are left without values, their recipes at hand for `initialize`. Those of
             ``postponed_init(is_optional=True)`` are in any case.
+        known: `windows` from before parameters that had been sharded already were cast.
 
     Returns:
         What the engine returned.
@@ -51,7 +54,7 @@ def distribute(module: Module, engine: Engine, device: torch.device, *, is_empty
         DeferredInitError: The ranks have recorded different models.
         DeferredParameterError: A parameter is on the meta device and has no recipe.
     """
-    refs = windows(module)
+    refs = {**(known or {}), **windows(module)}
     agree(refs.values(), device)
     release(module)
     sharded = engine(module)

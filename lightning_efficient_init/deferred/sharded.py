@@ -23,7 +23,8 @@ from torch.nn import Module
 
 from lightning_efficient_init.deferred import parameter
 from lightning_efficient_init.deferred.arguments import map_tensors
-from lightning_efficient_init.deferred.recipe import Op, Recipe, Ref, operations_for, recipe_of
+from lightning_efficient_init.deferred.engines import window_of
+from lightning_efficient_init.deferred.recipe import Op, Recipe, Ref, operations_for
 from lightning_efficient_init.deferred.replay import Replay
 from lightning_efficient_init.deferred.streams import Stream
 from lightning_efficient_init.errors import DeferredInitError
@@ -37,9 +38,9 @@ def windows(module: Module) -> Windows:
     with torch._C.DisableTorchFunction():
         for child in module.modules():
             for name, tensor in (*child._parameters.items(), *child._buffers.items()):
-                recipe = recipe_of(tensor) if tensor is not None and tensor.is_meta else None
-                if tensor is not None and recipe is not None:
-                    found[child, name] = Ref.to(tensor, recipe)
+                window = window_of(tensor) if tensor is not None else None
+                if window is not None:
+                    found[child, name] = window
     return found
 
 

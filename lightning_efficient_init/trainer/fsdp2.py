@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn import Module
 
+from lightning_efficient_init.deferred.sharded import windows
 from lightning_efficient_init.fsdp2 import SizesMesh, check_parallelized, is_parallelized, shard_blocks
 from lightning_efficient_init.sharded import sharded_init_context
 from lightning_efficient_init.trainer.sharded import LoadsParts
@@ -75,7 +76,8 @@ class EfficientFSDP2Strategy(SizesMesh, LoadsParts, ModelParallelStrategy):
         assert self.accelerator is not None
         assert self.model is not None
         self.accelerator.setup(trainer)
-        self.model = self.shard(self.precision_plugin.convert_module(self.model), self._parallelize)
+        known = windows(self.model)
+        self.model = self.shard(self.precision_plugin.convert_module(self.model), self._parallelize, known)
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
