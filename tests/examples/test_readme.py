@@ -74,11 +74,20 @@ def llama_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("accelerator", ACCELERATORS)
 def test_the_fabric_snippet_runs(accelerator, llama_file):
-    model = run(snippet_with('plugins=[EfficientInit("bf16-true")]'), accelerator, LLaMA=LLaMA)["model"]
+    model = run(snippet_with('"efficient_init", plugins=[EfficientInit("bf16-true")]'), accelerator, LLaMA=LLaMA)[
+        "model"
+    ]
     saved = torch.load(llama_file)
     for name, value in model.state_dict().items():
         assert value.device.type == accelerator
         assert torch.equal(value.cpu(), saved[name].bfloat16())
+
+
+def test_the_snippet_on_several_devices_runs_on_one(llama_file):
+    snippet = snippet_with("efficient_init_fsdp2").replace("devices=8", "devices=1")
+    model = run(snippet, "cpu", L=L, EfficientInit=EfficientInit, LLaMA=LLaMA)["model"]
+    torch.distributed.destroy_process_group()
+    assert sum(parameter.numel() for parameter in model.parameters()) > 0
 
 
 @pytest.mark.parametrize("accelerator", ACCELERATORS)
@@ -137,7 +146,7 @@ def test_the_plan_memory_snippet_runs(llama_file, capsys):
 
 
 def test_every_snippet_is_run_here():
-    assert len(SNIPPETS) == 5
+    assert len(SNIPPETS) == 7
 
 
 def test_precisions_are_those_of_the_plugin():
