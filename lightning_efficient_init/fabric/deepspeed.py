@@ -26,7 +26,7 @@ from lightning_efficient_init.errors import UnsupportedCheckpointError
 from lightning_efficient_init.fabric.streaming import StreamsCheckpoints
 from lightning_efficient_init.lightning_checkpoint import is_streamable
 from lightning_efficient_init.precision import EfficientInit
-from lightning_efficient_init.sharded import sharded_init_context
+from lightning_efficient_init.sharded import refuse_quantized, sharded_init_context
 
 
 class _Precision(BuildsInDtype, DeepSpeedPrecision):
@@ -59,6 +59,7 @@ class EfficientDeepSpeedStrategy(PartitionsModules, StreamsCheckpoints, DeepSpee
     @precision.setter
     def precision(self, precision: Precision | None) -> None:
         if isinstance(precision, EfficientInit):
+            refuse_quantized(precision.quantize)
             precision = _Precision(precision.precision)  # type: ignore[arg-type]
         DeepSpeedStrategy.precision.fset(self, precision)  # type: ignore[attr-defined]
 

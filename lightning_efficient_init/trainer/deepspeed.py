@@ -29,7 +29,7 @@ from lightning_efficient_init.lightning_checkpoint import open_lightning_checkpo
 from lightning_efficient_init.load.replicas import agreed
 from lightning_efficient_init.load.state_dict import streaming_load_state_dict
 from lightning_efficient_init.precision import EfficientInit
-from lightning_efficient_init.sharded import sharded_init_context
+from lightning_efficient_init.sharded import refuse_quantized, sharded_init_context
 
 
 class _Precision(BuildsInDtype, DeepSpeedPrecision):
@@ -65,6 +65,7 @@ class EfficientDeepSpeedStrategy(PartitionsModules, DeepSpeedStrategy):
     @precision_plugin.setter
     def precision_plugin(self, precision_plugin: Precision | None) -> None:
         if isinstance(precision_plugin, EfficientInit):
+            refuse_quantized(precision_plugin.quantize)
             precision_plugin = _Precision(precision_plugin.precision)  # type: ignore[arg-type]
         DeepSpeedStrategy.precision_plugin.fset(self, precision_plugin)  # type: ignore[attr-defined]
 

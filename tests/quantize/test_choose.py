@@ -11,6 +11,8 @@ from quantized_models import quantizing_fabric as quantizing
 from torch import nn
 
 from lightning_efficient_init import EfficientInit
+from lightning_efficient_init import fabric as fabric_library
+from lightning_efficient_init import trainer as trainer_library
 from lightning_efficient_init.errors import QuantizationError
 from lightning_efficient_init.quantize import MODES, QuantizedLayer
 from lightning_efficient_init.quantize.choose import matches
@@ -237,6 +239,17 @@ def test_strategies_that_shard_parameters_refuse(name, library, tmp_path):
             with trainer.init_module():
                 model = Regression(width=32)
             trainer.fit(model, loader())
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def test_deepspeed_refuses_too():
+    plugin = EfficientInit("bf16-true", quantize="nf4")
+    for library in (fabric_library, trainer_library):
+        strategy = library.EfficientDeepSpeedStrategy.__new__(library.EfficientDeepSpeedStrategy)
+        name = "precision" if library is fabric_library else "precision_plugin"
+        with pytest.raises(QuantizationError, match="does not go with a strategy that shards"):
+            setattr(strategy, name, plugin)
 
 
 def test_tensors_made_in_init_tensor_are_real():
