@@ -22,9 +22,15 @@ def device(request):
 @pytest.fixture
 def bytes_read():
     """Bytes that this process has asked the system to read so far, whether from a disk or not."""
+    return lambda: _count("rchar")
 
-    def read():
-        with open("/proc/self/io", "rb") as io:
-            return int(next(line for line in io if line.startswith(b"rchar:")).split()[1])
 
-    return read
+@pytest.fixture
+def reads_issued():
+    """How often this process has asked the system to read so far."""
+    return lambda: _count("syscr")
+
+
+def _count(what):
+    with open("/proc/self/io", "rb") as io:
+        return int(next(line for line in io if line.startswith(f"{what}:".encode())).split()[1])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import Final
+from collections.abc import Sequence
+from typing import Any, Final
 
 import tenacity
 
@@ -18,6 +19,9 @@ from lightning_efficient_init.errors import (
 
 _ATTEMPTS: Final = 4
 _MAX_BYTES_PER_CALL: Final = 1 << 30  # Linux moves at most 2 GiB - 4 KiB in one call
+_MAX_BUFFERS_PER_CALL: Final = 1024  # IOV_MAX
+_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # never waits for a pipe or a device
+_HOPELESS: Final = (FileNotFoundError, NotADirectoryError, PermissionError)
 
 
 class CheckpointFile:
@@ -72,19 +76,49 @@ class CheckpointFile:
     def read_into(self, buffer: memoryview, offset: int, what: str = "data") -> None:
         """Fills ``buffer``, a memoryview of bytes, from ``offset`` on; raises as `read` does."""
         self.check_inside(offset, len(buffer), what)
-        done = 0
-        while done < len(buffer):
-            moved = self._read_some(buffer[done : done + _MAX_BYTES_PER_CALL], offset + done)
-            if moved == 0:
-                raise CorruptCheckpointError(
-                    explain(
-                        self.path,
-                        expected=f"{what}: {len(buffer)} bytes at {offset}",
-                        found=f"the end of the file after {done} of them (it shrank while it was read)",
-                        todo=DOWNLOAD_AGAIN,
-                    )
-                )
-            done += moved
+        self.fill([buffer], offset)
+
+    def fill(self, buffers: Sequence[Any], offset: int, *, tensor: str | None = None, pitch_bytes: int = 0) -> None:
+        """Fills writable buffers of bytes, one after the other, from ``offset`` on.
+
+        Failing and short reads are usual on network file systems: it asks again, with a fresh file descriptor.
+
+        Args:
+            buffers: What to fill; none of them empty.
+            offset: Position in the file, in bytes.
+            tensor: Name of the tensor that is read, for errors.
+            pitch_bytes: If given, each buffer's bytes start so many after those of the buffer before.
+
+        Raises:
+            CorruptCheckpointError: The file ends before the last buffer is full.
+            CheckpointReadError: The operating system failed, also when asked again.
+        """
+        try:
+            _fill(self._descriptor, buffers, offset, pitch_bytes)
+        except OSError:
+            self._fill_again(buffers, offset, tensor, pitch_bytes)
+
+    def _fill_again(self, buffers: Sequence[Any], offset: int, tensor: str | None, pitch_bytes: int) -> None:
+        expected = f"{sum(map(len, buffers))} bytes at position {offset}"
+        try:
+            for attempt in _attempts():
+                with attempt:
+                    fresh = os.open(self.path, _FLAGS)
+                    try:
+                        _fill(fresh, buffers, offset, pitch_bytes)
+                    finally:
+                        os.close(fresh)
+        except _EndOfFileError as error:
+            found = f"that the file ends at {error.position} (it is truncated, or was changed while it was read)"
+            raise CorruptCheckpointError(
+                explain(self.path, tensor=tensor, expected=expected, found=found, todo=DOWNLOAD_AGAIN)
+            ) from error
+        except OSError as error:
+            todo = "Check the disk or the network file system, then load again."
+            found = f"{error} ({1 + _ATTEMPTS} attempts)"
+            raise CheckpointReadError(
+                explain(self.path, tensor=tensor, expected=expected, found=found, todo=todo)
+            ) from error
 
     def check_inside(self, offset: int, num_bytes: int, what: str = "data") -> None:
         """Raises `CorruptCheckpointError` unless the file has those bytes."""
@@ -98,31 +132,58 @@ class CheckpointFile:
                 )
             )
 
-    def _read_some(self, buffer: memoryview, offset: int) -> int:
-        """Reads once, again after a failure: network file systems fail for a moment and then go on."""
-        attempts = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(OSError),
-            stop=tenacity.stop_after_attempt(_ATTEMPTS),
-            wait=tenacity.wait_exponential(multiplier=0.05, max=1.0),
-            reraise=True,
-        )
-        try:
-            return attempts(os.preadv, self._descriptor, [buffer], offset)
-        except OSError as error:
-            raise CheckpointReadError(
-                explain(
-                    self.path,
-                    expected=f"{len(buffer)} bytes at {offset}",
-                    found=f"{error} ({_ATTEMPTS} attempts)",
-                    todo="Check the disk or the network file system, then try again.",
-                )
-            ) from error
+
+class _EndOfFileError(OSError):
+    """The file ends before the bytes that its header promised."""
+
+    def __init__(self, position: int) -> None:
+        super().__init__()
+        self.position = position
+
+
+def _attempts(*, but: tuple[type[OSError], ...] = ()) -> tenacity.Retrying:
+    """Several attempts, a little later each time, at what the system may fail to do for a moment."""
+    return tenacity.Retrying(
+        retry=tenacity.retry_if_exception(lambda error: isinstance(error, OSError) and not isinstance(error, but)),
+        stop=tenacity.stop_after_attempt(_ATTEMPTS),
+        wait=tenacity.wait_exponential(multiplier=0.05, max=1.0),
+        reraise=True,
+    )
+
+
+def _fill(descriptor: int, buffers: Sequence[Any], offset: int, pitch_bytes: int) -> None:
+    """Fill buffers from one run of bytes, or each from a run of its own."""
+    if not pitch_bytes:
+        _fill_run(descriptor, list(buffers), offset)
+        return
+    for number, buffer in enumerate(buffers):
+        at = offset + number * pitch_bytes
+        if os.preadv(descriptor, [buffer], at) != len(buffer):
+            _fill_run(descriptor, [buffer], at)
+
+
+def _fill_run(descriptor: int, buffers: list[Any], offset: int) -> None:
+    """``preadv`` until every buffer is full."""
+    first = 0
+    while first < len(buffers):
+        batch = buffers[first : first + _MAX_BUFFERS_PER_CALL]
+        count = os.preadv(descriptor, batch, offset)
+        offset += count
+        if count == 0:
+            raise _EndOfFileError(offset)
+        if count == sum(map(len, batch)):
+            first += len(batch)
+            continue
+        while count >= len(buffers[first]):
+            count -= len(buffers[first])
+            first += 1
+        buffers[first] = memoryview(buffers[first]).cast("B")[count:]
 
 
 def _open_regular(path: str) -> int:
     """Opens a regular file; never blocks on a pipe or a device."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = _attempts(but=_HOPELESS)(os.open, path, _FLAGS)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointNotFoundError(
             explain(path, expected="a checkpoint", found="nothing at this path", todo="Check the path.")

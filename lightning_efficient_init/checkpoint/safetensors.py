@@ -11,13 +11,13 @@ The format: https://github.com/huggingface/safetensors#format.
 from __future__ import annotations
 
 import json
-import math
 import struct
+from operator import itemgetter
 from typing import Any, Final
 
 import torch
 
-from lightning_efficient_init.checkpoint.entry import Entry
+from lightning_efficient_init.checkpoint.entry import Entry, layout_of, row_major
 from lightning_efficient_init.checkpoint.file import CheckpointFile
 from lightning_efficient_init.checkpoint.format import CheckpointTree
 from lightning_efficient_init.checkpoint.wording import DOWNLOAD_AGAIN, SAVE_AGAIN, explain, shorten, show
@@ -26,6 +26,8 @@ from lightning_efficient_init.errors import CorruptCheckpointError, UnsupportedC
 MAX_HEADER_BYTES: Final = 100_000_000  # as in the reference reader
 _MAX_SIZE: Final = (1 << 63) - 1
 _MAX_DIMS: Final = 64
+_KEYS: Final = {"dtype", "shape", "data_offsets"}
+_WORDS: Final = tuple(f'"{key}"'.encode() for key in _KEYS)
 
 _DTYPE_NAMES: Final = {
     "BOOL": "bool",
@@ -86,12 +88,26 @@ def _read_header(file: CheckpointFile) -> tuple[dict[str, Any], int]:
         raise _corrupt(file, limit, f"one of {num_bytes}")
     text = file.read(8, num_bytes, "the safetensors header")
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        header = _parse(text)
     except (ValueError, RecursionError) as error:
         raise _corrupt(file, "a JSON header", f"{type(error).__name__}: {shorten(error)}") from error
     if not isinstance(header, dict):
         raise _corrupt(file, "a JSON object as header", type(header).__name__)
     return header, 8 + num_bytes
+
+
+def _parse(text: bytes) -> Any:
+    """Parses a header, and refuses one that says a thing twice.
+
+    To look at every object for that takes longer than all the rest. It is not needed where each word of a tensor's
+    description occurs once for each tensor, spelled out.
+    """
+    header = json.loads(text.decode("utf-8"))
+    if b"\\" not in text and isinstance(header, dict):
+        num_tensors = len(header) - ("__metadata__" in header)
+        if all(text.count(word) == num_tensors for word in _WORDS) and text.count(b'"__metadata__"') <= 1:
+            return header
+    return json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -103,7 +119,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(file: CheckpointFile, name: str, info: Any, data_offset: int) -> Entry:
-    if not isinstance(info, dict) or not {"dtype", "shape", "data_offsets"} <= info.keys():
+    if not isinstance(info, dict) or not info.keys() >= _KEYS:
         raise _corrupt(file, "dtype, shape and data_offsets", show(info), name)
     shape, span = info["shape"], info["data_offsets"]
     if not _are_sizes(shape) or not _are_sizes(span) or len(span) != 2:
@@ -113,13 +129,15 @@ def _entry(file: CheckpointFile, name: str, info: Any, data_offset: int) -> Entr
     dtype = _dtype(file, name, info["dtype"])
     if info["dtype"] == "F4":
         shape = _packed_in_pairs(file, name, shape)
-    num_bytes = math.prod(shape) * dtype.itemsize
-    if span[1] - span[0] != num_bytes:
+    sizes = tuple(shape)
+    strides = row_major(sizes)
+    start, end = span
+    num_bytes = layout_of(sizes, strides).numel * dtype.itemsize
+    if end - start != num_bytes:
         raise _corrupt(file, f"{num_bytes} bytes, from its dtype and shape", f"offsets {span}", name)
-    if data_offset + span[1] > file.num_bytes:
-        end = f"bytes up to {data_offset + span[1]}"
-        raise _corrupt(file, end, f"a file of {file.num_bytes} bytes (truncated)", name)
-    return Entry(file.path, data_offset + span[0], dtype, tuple(shape), _row_major(shape))
+    if data_offset + end > file.num_bytes:
+        raise _corrupt(file, f"bytes up to {data_offset + end}", f"a file of {file.num_bytes} bytes (truncated)", name)
+    return Entry(file.path, data_offset + start, dtype, sizes, strides)
 
 
 def _dtype(file: CheckpointFile, name: str, dtype: Any) -> torch.dtype:
@@ -147,30 +165,20 @@ def _packed_in_pairs(file: CheckpointFile, name: str, shape: list[int]) -> list[
 def _check_packed(file: CheckpointFile, entries: dict[str, Entry], data_offset: int) -> None:
     """The format knows no gaps and no overlaps: a byte that two tensors claim, or none, is a damaged header."""
     end = data_offset
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
-        if entry.offset != end:
-            raise _corrupt(file, f"its first byte at {end}, after the tensor before it", f"at {entry.offset}", name)
-        end += entry.num_bytes
+    spans = [(entry.offset, entry.num_bytes, name) for name, entry in entries.items()]
+    for offset, num_bytes, name in sorted(spans, key=itemgetter(0, 1)):
+        if offset != end:
+            raise _corrupt(file, f"its first byte at {end}, after the tensor before it", f"at {offset}", name)
+        end += num_bytes
     if end != file.num_bytes:
         raise _corrupt(file, f"a file of {end} bytes, as its header says", f"{file.num_bytes} bytes")
 
 
 def _are_sizes(values: Any) -> bool:
-    return (
-        isinstance(values, list)
-        and len(values) <= _MAX_DIMS
-        and all(type(value) is int and 0 <= value <= _MAX_SIZE for value in values)
-    )
-
-
-def _row_major(shape: list[int]) -> tuple[int, ...]:
-    """The strides that torch gives a contiguous tensor."""
-    strides = []
-    step = 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
+    """Whether these are integers that are not negative, and not too many."""
+    if not isinstance(values, list) or len(values) > _MAX_DIMS:
+        return False
+    return not [value for value in values if type(value) is not int or not 0 <= value <= _MAX_SIZE]
 
 
 def _corrupt(

@@ -74,7 +74,8 @@ def _find_key(tree: Any, path: str) -> str | None:
         raise _without_weights(path, f"a {type(tree).__name__}")
     if isinstance(tree.get(_LIGHTNING), Mapping) and (not tree[_LIGHTNING] or _holds_weights(tree[_LIGHTNING])):
         return _LIGHTNING
-    keys = [key for key, value in tree.items() if isinstance(key, str) and not _is_extra(key) and _holds_weights(value)]
+    others = [(key, value) for key, value in tree.items() if not isinstance(value, Entry)]
+    keys = [key for key, value in others if isinstance(key, str) and not _is_extra(key) and _holds_weights(value)]
     if _FABRIC in keys or len(keys) == 1:
         return _FABRIC if _FABRIC in keys else keys[0]
     if keys:
@@ -97,9 +98,8 @@ def _holds_weights(value: Any) -> bool:
 
 def _is_state_dict(value: Mapping[Any, Any]) -> bool:
     """Whether all keys are names and all values states of modules."""
-    return any(isinstance(item, Entry) for item in value.values()) and all(
-        isinstance(name, str) and _is_state(name, item) for name, item in value.items()
-    )
+    others = [(name, item) for name, item in value.items() if not (isinstance(item, Entry) and isinstance(name, str))]
+    return len(others) < len(value) and all(isinstance(name, str) and _is_state(name, item) for name, item in others)
 
 
 def _is_state(name: str, item: Any) -> bool:

@@ -11,7 +11,7 @@ overridden ``_load_from_state_dict``, a load hook, a rename in a pre-hook) is as
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -65,38 +65,57 @@ class Binding:
     errors: list[str] = field(default_factory=list)
 
 
-def bind(module: Module, state: Mapping[str, Any], metadata: Any = None) -> Binding:
+@dataclass(frozen=True, slots=True)
+class StateTree:
+    """What a state dict of a model is made of, in its order; found in one walk.
+
+    Attributes:
+        modules: For each module the prefix of its names, which is empty or ends with a dot, and the module.
+        tensors: Name to tensor.
+    """
+
+    modules: list[tuple[str, Module]]
+    tensors: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, module: Module, *, settled: bool = False) -> StateTree:
+        """Walk through ``module``; if ``settled``, once what waits for the end of a recording has been done to it."""
+        if settled:
+            settle(module)
+        modules = list(_walk(module))
+        return cls(modules, _tensors_of(modules))
+
+
+def bind(module: Module, state: Mapping[str, Any], metadata: Any = None, tree: StateTree | None = None) -> Binding:
     """Decide what ``module.load_state_dict(state)`` would copy where.
 
     Args:
         module: The model; its tensors may be on the meta device.
         state: Key to ``Entry``, ``LazyTensor``, tensor, or another object for extra states.
         metadata: The ``_metadata`` of the state dict: prefix to a dict with the module's version, among others.
+        tree: What the model's state dict is made of, if that is known already.
     """
-    settle(module)
-    binding = Binding(module)
-    used: set[str] = set()
-    keys = _Sorted(state)
-    versions = metadata if isinstance(metadata, Mapping) else {}
-    modules = _Sorted(versions)
-    for prefix, submodule, is_custom in _walk(module):
-        if is_custom:
-            found = keys.below(prefix)
-            used.update(found)
-            below = {name[len(prefix) :]: versions[name] for name in modules.below(prefix)}
-            own = {"": versions[prefix[:-1]]} if prefix[:-1] in versions else {}
-            _bind_custom(submodule, prefix, {key: state[key] for key in found}, {**below, **own}, binding)
-        else:
-            with torch._C.DisableTorchFunction():  # while construction is recorded, every look at a tensor costs
-                used |= _bind_standard(submodule, prefix, state, binding)
-    binding.unexpected += [key for key in state if key not in used]
+    tree = StateTree.of(module, settled=True) if tree is None else tree
+    binding = Binding(module, tree.tensors)
+    standard, special = _split(tree.modules)
+    by_name = tree.tensors if len(standard) == len(tree.modules) else _tensors_of(standard)
+    quantized = [prefix for prefix, submodule in standard if isinstance(submodule, QuantizedLayer)]
+    if quantized:
+        weights = {f"{prefix}weight" for prefix in quantized}
+        by_name = {name: tensor for name, tensor in by_name.items() if name not in weights}
+    with torch._C.DisableTorchFunction():  # while construction is recorded, every look at a tensor costs
+        _bind_by_name(by_name, state, binding)
+    used = _bind_special(special, state, metadata if isinstance(metadata, Mapping) else {}, binding)
+    if special:
+        _put_in_order(binding)
+    binding.unexpected += [key for key in state if key not in by_name and key not in used]
     _respect_ties(binding)
     return binding
 
 
-def named_state(module: Module, prefix: str = "") -> dict[str, torch.Tensor]:
+def named_state(module: Module) -> dict[str, torch.Tensor]:
     """The tensors that a state dict of ``module`` holds, by name and in its order."""
-    return {name: tensor for p, m, _ in _walk(module, prefix, whole=True) for name, tensor in _own_tensors(m, p)}
+    return StateTree.of(module).tensors
 
 
 class _Sorted:
@@ -113,27 +132,52 @@ class _Sorted:
         return self._names[bisect_left(self._names, prefix) : bisect_left(self._names, after)]
 
 
-def _walk(module: Module, prefix: str = "", *, whole: bool = False) -> Iterator[tuple[str, Module, bool]]:
-    """All modules in the order of a state dict; one with loading code of its own stands for its subtree.
-
-    Args:
-        module: Where to start.
-        prefix: Its name, with a dot.
-        whole: Whether to go into every subtree.
-    """
-    waiting = [(prefix, module)]  # no recursion: a walk by generators takes time quadratic in the depth
+def _walk(module: Module) -> Iterator[tuple[str, Module]]:
+    """All modules, each with the prefix of its names, in the order of a state dict."""
+    waiting = [("", module)]  # no recursion: a walk by generators takes time quadratic in the depth
     while waiting:
         prefix, module = waiting.pop()
-        is_custom = not whole and _has_loading_code(module)
-        yield prefix, module, is_custom
-        if not is_custom:
-            children = [(_below(prefix, name), child) for name, child in module._modules.items() if child is not None]
-            waiting += reversed(children)
+        yield prefix, module
+        if children := module._modules:
+            waiting += [(_below(prefix, n), child) for n, child in reversed(children.items()) if child is not None]
 
 
 def _below(prefix: str, name: str) -> str:
     """The prefix of a child's names; wrappers that shard or recompute modules do not count."""
     return prefix if name in _WRAPPED_AS else f"{prefix}{name}."
+
+
+def _tensors_of(modules: Iterable[tuple[str, Module]]) -> dict[str, torch.Tensor]:
+    """The modules' own tensors, not their children's, by name."""
+    tensors: dict[str, torch.Tensor] = {}
+    for prefix, module in modules:
+        for name, parameter in module._parameters.items():
+            if parameter is not None and name != FLAT_NAME:
+                tensors[prefix + name] = parameter
+        for name, tensor in stand_ins(module).items():
+            tensors.setdefault(prefix + name, tensor)
+        if buffers := module._buffers:
+            transient = module._non_persistent_buffers_set
+            tensors |= {prefix + name: b for name, b in buffers.items() if b is not None and name not in transient}
+    return tensors
+
+
+def _split(modules: Iterable[tuple[str, Module]]) -> tuple[list[tuple[str, Module]], list[tuple[str, Module]]]:
+    """Modules that load by name, and modules that have code to run; one that loads by code stands for its subtree."""
+    standard: list[tuple[str, Module]] = []
+    special: list[tuple[str, Module]] = []
+    custom = None
+    for prefix, module in modules:
+        if custom is not None and prefix.startswith(custom):
+            continue
+        if _has_loading_code(module):
+            custom = prefix
+            special.append((prefix, module))
+            continue
+        standard.append((prefix, module))
+        if isinstance(module, QuantizedLayer) or type(module).set_extra_state is not Module.set_extra_state:
+            special.append((prefix, module))
+    return standard, special
 
 
 def _has_loading_code(module: Module) -> bool:
@@ -144,35 +188,64 @@ def _has_loading_code(module: Module) -> bool:
     return bool(not is_standard or module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks)
 
 
-def _own_tensors(module: Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, parameter in (*module._parameters.items(), *stand_ins(module).items()):
-        if parameter is not None and name != FLAT_NAME:
-            yield prefix + name, parameter
-    for name, buffer in module._buffers.items():
-        if buffer is not None and name not in module._non_persistent_buffers_set:
-            yield prefix + name, buffer
-
-
-def _bind_standard(module: Module, prefix: str, state: Mapping[str, Any], binding: Binding) -> set[str]:
-    """Match the module's own tensors, not its children's, by name."""
-    used = _bind_quantized(module, prefix, state, binding) if isinstance(module, QuantizedLayer) else set()
-    for name, tensor in _own_tensors(module, prefix):
-        if name in binding.tensors:
-            continue
-        binding.tensors[name] = tensor
-        if name not in state:
+def _bind_by_name(tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], binding: Binding) -> None:
+    """Match tensors with the values of their names."""
+    entries = binding.entries
+    for name, tensor in tensors.items():
+        value = state.get(name, binding)
+        if value is binding:  # which is no value
             binding.missing.append(name)
-            continue
-        used.add(name)
-        _offer(binding, name, tensor, state[name])
-    if type(module).set_extra_state is not Module.set_extra_state:
-        name = prefix + _EXTRA_STATE_KEY_SUFFIX
-        if name in state:
-            used.add(name)
-            binding.calls.append(partial(_set_extra_state, module, state[name]))
+        elif _fits_plainly(tensor, value):
+            entries[name] = value
         else:
-            binding.missing.append(name)
+            _offer(binding, name, tensor, value)
+
+
+def _fits_plainly(tensor: torch.Tensor, value: Any) -> bool:
+    """Whether ``value`` is what nearly all are: an entry in one piece, of the tensor's shape."""
+    is_whole = type(value) is Entry and not value.chunks
+    return is_whole and value.shape == shape_of(tensor) and not _is_expanded(tensor)
+
+
+def _bind_special(
+    modules: Sequence[tuple[str, Module]], state: Mapping[str, Any], metadata: Mapping[str, Any], binding: Binding
+) -> set[str]:
+    """Find out what modules with code of their own would do; gives the keys that are theirs."""
+    if not modules:
+        return set()
+    used: set[str] = set()
+    keys, names = _Sorted(state), _Sorted(metadata)
+    for prefix, module in modules:
+        if _has_loading_code(module):
+            found = keys.below(prefix)
+            below = {name[len(prefix) :]: metadata[name] for name in names.below(prefix)}
+            own = {"": metadata[prefix[:-1]]} if prefix[:-1] in metadata else {}
+            _bind_custom(module, prefix, {key: state[key] for key in found}, {**below, **own}, binding)
+            used.update(found)
+            continue
+        if isinstance(module, QuantizedLayer):
+            with torch._C.DisableTorchFunction():
+                used |= _bind_quantized(module, prefix, state, binding)
+        if type(module).set_extra_state is not Module.set_extra_state:
+            used.add(_bind_extra_state(module, prefix + _EXTRA_STATE_KEY_SUFFIX, state, binding))
     return used
+
+
+def _put_in_order(binding: Binding) -> None:
+    """Let names come as they do in the model, whoever has bound them."""
+    position = {name: number for number, name in enumerate(binding.tensors)}
+    binding.entries = {name: binding.entries[name] for name in position if name in binding.entries}
+    binding.values = {name: binding.values[name] for name in position if name in binding.values}
+    binding.missing.sort(key=lambda name: position.get(name, len(position)))
+
+
+def _bind_extra_state(module: Module, name: str, state: Mapping[str, Any], binding: Binding) -> str:
+    """Hand over an extra state, which may be anything, in the end."""
+    if name in state:
+        binding.calls.append(partial(_set_extra_state, module, state[name]))
+    else:
+        binding.missing.append(name)
+    return name
 
 
 def _bind_quantized(layer: QuantizedLayer, prefix: str, state: Mapping[str, Any], binding: Binding) -> set[str]:
@@ -233,7 +306,7 @@ def _fits(expected: Shape, found: Shape) -> bool:
 
 
 def _is_expanded(tensor: torch.Tensor) -> bool:
-    if tensor.layout is not torch.strided:
+    if tensor.layout is not torch.strided or tensor.is_contiguous():
         return False
     return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
@@ -250,7 +323,6 @@ def _read(leaf: Entry | LazyTensor, _: object) -> torch.Tensor:
 def _bind_custom(module: Module, prefix: str, state: dict[str, Any], metadata: Any, binding: Binding) -> None:
     """Ask the loading code of ``module``, and of what is in it, what it would copy."""
     own = named_state(module)
-    binding.tensors.update({prefix + name: tensor for name, tensor in own.items()})
     with shown_whole(own.values()):
         answer = own_code.ask(module, own, {key[len(prefix) :]: value for key, value in state.items()}, metadata)
     if not answer.is_plain and any(map(is_partitioned, own.values())):
@@ -273,6 +345,8 @@ def _bind_custom(module: Module, prefix: str, state: dict[str, Any], metadata: A
 
 def _respect_ties(binding: Binding) -> None:
     """A tensor that has a value under one of its names is missing under none."""
+    if not binding.missing:
+        return
     names = (*binding.entries, *binding.values, *binding.loaded_by_calls)
     provided = {id(binding.tensors[name]) for name in names if name in binding.tensors}
     binding.missing = [

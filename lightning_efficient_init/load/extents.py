@@ -13,14 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from lightning_efficient_init.checkpoint import Entry
 from lightning_efficient_init.sinks import Segment
 
 PAGE_BYTES = 4096
 
+_BY_POSITION = attrgetter("file", "offset")
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True, eq=False)  # not frozen, like `Segment`: one for each tensor
 class Piece:
     """The part of one read that belongs to one segment; all numbers are bytes."""
 
@@ -30,7 +33,7 @@ class Piece:
     num_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Read:
     """A run of bytes in a file, or rows of bytes, small enough for one buffer, and the pieces in it by position.
 
@@ -51,54 +54,83 @@ class Read:
     pitch_bytes: int = 0
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Run:
+    """Segments that touch, overlap, or lie less than a page apart, with the bytes of each."""
+
+    members: list[tuple[Segment, int]]
+    offset: int
+    end: int
+
+
 def plan_reads(segments: Sequence[Segment], max_read_bytes: int) -> list[Read]:
     """Cut the extents of ``segments`` into reads of at most ``max_read_bytes`` (a multiple of the page size)."""
-    ordered = sorted((s for s in segments if s.num_bytes), key=lambda s: (s.file, s.offset))
-    reads = [read for run in _runs([s for s in ordered if not s.row_bytes]) for read in _cut(run, max_read_bytes)]
-    rows = [read for segment in ordered if segment.row_bytes for read in _cut_rows(segment, max_read_bytes)]
-    return sorted([*reads, *rows], key=lambda read: (read.file, read.offset)) if rows else reads
+    ordered = sorted(segments, key=_BY_POSITION)
+    rows = [s for s in ordered if s.row_bytes]
+    runs = [s for s in ordered if not s.row_bytes] if rows else ordered
+    reads = [read for run in _runs(runs) for read in _cut(run, max_read_bytes)]
+    reads += [read for segment in rows for read in _cut_rows(segment, max_read_bytes)]
+    return sorted(reads, key=_BY_POSITION) if rows else reads
 
 
 def num_unique_bytes(entries: Iterable[Entry]) -> int:
     """Bytes of the files that the entries cover, bytes that several of them share counted once."""
-    total, file, end = 0, "", 0
-    pieces = (piece for entry in entries for piece in entry.pieces)
-    for entry in sorted(pieces, key=lambda e: (e.file, e.offset)):
-        if entry.file != file:
-            file, end = entry.file, 0
-        stop = entry.offset + entry.extent_bytes
-        total += max(0, stop - max(end, entry.offset))
-        end = max(end, stop)
+    total, last_file, end = 0, "", 0
+    pieces = [piece for entry in entries for piece in (entry.pieces if entry.chunks else (entry,))]
+    for file, offset, num_bytes in sorted([(piece.file, piece.offset, piece.extent_bytes) for piece in pieces]):
+        if file != last_file:
+            last_file, end = file, 0
+        stop = offset + num_bytes
+        if offset >= end:
+            total += num_bytes
+            end = stop
+        elif stop > end:
+            total += stop - end
+            end = stop
     return total
 
 
-def _runs(ordered: Sequence[Segment]) -> Iterator[list[Segment]]:
-    """Group segments that touch, overlap, or lie less than a page apart."""
-    run: list[Segment] = []
-    end = 0
+def _runs(ordered: Iterable[Segment]) -> Iterator[_Run]:
+    """Group segments, which are in the order of their positions, and leave out empty ones."""
+    members: list[tuple[Segment, int]] = []
+    file, start, end = "", 0, 0
     for segment in ordered:
-        if run and (segment.file != run[0].file or segment.offset > end + PAGE_BYTES):
-            yield run
-            run = []
-        end = max(end, segment.offset + segment.num_bytes) if run else segment.offset + segment.num_bytes
-        run.append(segment)
-    if run:
-        yield run
+        num_bytes, offset = segment.num_bytes, segment.offset
+        if not num_bytes:
+            continue
+        if members and (offset > end + PAGE_BYTES or segment.file != file):
+            yield _Run(members, start, end)
+            members = []
+        if not members:
+            file, start, end = segment.file, offset, offset
+        members.append((segment, num_bytes))
+        end = max(end, offset + num_bytes)
+    if members:
+        yield _Run(members, start, end)
 
 
-def _cut(run: Sequence[Segment], max_read_bytes: int) -> list[Read]:
+def _cut(run: _Run, max_read_bytes: int) -> list[Read]:
     """Cut one run into reads and give each segment its pieces."""
-    offset = run[0].offset
-    end = max(segment.offset + segment.num_bytes for segment in run)
-    base = offset - offset % PAGE_BYTES
-    starts = [offset, *range(base + max_read_bytes, end, max_read_bytes)]
-    reads = [Read(run[0].file, a, b - a) for a, b in zip(starts, [*starts[1:], end], strict=True)]
-    for segment in run:
-        stop = segment.offset + segment.num_bytes
-        for read in reads[(segment.offset - base) // max_read_bytes : (stop - 1 - base) // max_read_bytes + 1]:
-            first, last = max(segment.offset, read.offset), min(stop, read.offset + read.num_bytes)
-            read.pieces.append(Piece(segment, first - read.offset, first - segment.offset, last - first))
+    file, base = run.members[0][0].file, run.offset - run.offset % PAGE_BYTES
+    starts = [run.offset, *range(base + max_read_bytes, run.end, max_read_bytes)]
+    reads = [Read(file, a, b - a) for a, b in zip(starts, [*starts[1:], run.end], strict=True)]
+    for segment, num_bytes in run.members:
+        start = segment.offset - base
+        first, last = start // max_read_bytes, (start + num_bytes - 1) // max_read_bytes
+        if first == last:
+            read = reads[first]
+            read.pieces.append(Piece(segment, segment.offset - read.offset, 0, num_bytes))
+        else:
+            _split(segment, num_bytes, reads[first : last + 1])
     return reads
+
+
+def _split(segment: Segment, num_bytes: int, reads: Sequence[Read]) -> None:
+    """Give a segment that does not fit into one read its piece of each."""
+    for read in reads:
+        first = max(segment.offset, read.offset)
+        last = min(segment.offset + num_bytes, read.offset + read.num_bytes)
+        read.pieces.append(Piece(segment, first - read.offset, first - segment.offset, last - first))
 
 
 def _cut_rows(segment: Segment, max_read_bytes: int) -> Iterator[Read]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeAlias
 
 from lightning_efficient_init.errors import CheckpointError, shorten
@@ -14,7 +14,7 @@ _WRAPPER_SEGMENTS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|
 _KNOWN_PREFIXES = ("model.", "module.", "_forward_module.", "state_dict.", "net.", "transformer.")
 
 
-def match_keys(checkpoint_keys: Iterable[str], model_keys: Iterable[str], key_map: KeyMap | None) -> dict[str, str]:
+def match_keys(checkpoint_keys: Collection[str], model_keys: Iterable[str], key_map: KeyMap | None) -> dict[str, str]:
     """Map checkpoint keys to model keys.
 
     ``torch.compile`` and wrappers leave segments such as ``_orig_mod.`` in names; they never count. If then no key of
@@ -33,6 +33,8 @@ def match_keys(checkpoint_keys: Iterable[str], model_keys: Iterable[str], key_ma
         CheckpointError: Several prefixes fit equally well, or two keys end up at one name.
     """
     names = set(model_keys)
+    if key_map is None and names.issuperset(checkpoint_keys):
+        return {key: key for key in checkpoint_keys}
     model_names = {strip_wrappers(name): name for name in names}
     if key_map is not None:
         mapped = _apply(checkpoint_keys, key_map)

@@ -12,13 +12,12 @@ from functools import partial
 import torch
 from torch.nn import Module, Parameter
 
-from lightning_efficient_init.checkpoint import Entry
 from lightning_efficient_init.deferred import allocate, eager, forget, has_recipe, initialize, undisturbed
 from lightning_efficient_init.errors import CheckpointError, DeferredParameterError, shorten
 from lightning_efficient_init.load.bind import Binding, named_state
 from lightning_efficient_init.load.keys import KeyMap
 from lightning_efficient_init.load.mapping import map_entries
-from lightning_efficient_init.load.order import Pair, last_per_memory, waves
+from lightning_efficient_init.load.order import Pair, order_writes
 from lightning_efficient_init.load.pipeline import Batch, Settings, Transfer
 from lightning_efficient_init.load.plan import LoadPlan, plan_load
 from lightning_efficient_init.load.postponed import must_wait, postpone
@@ -106,9 +105,10 @@ def run_plan(
         return postpone(plan, settings, mmap=mmap)
     model = plan.binding.module
     devices = {tensor.device for tensor in plan.binding.tensors.values()}
-    with Meter(plan.num_bytes, devices, progress) as meter:
+    planned_bytes = plan.num_bytes
+    with Meter(planned_bytes, devices, progress) as meter:
         loaded = _write(model, plan.binding, settings, meter, mmap=mmap, replicas=replicas)
-        num_bytes = plan.num_bytes if replicas is None else replicas.num_bytes_read(plan.num_bytes)
+        num_bytes = planned_bytes if replicas is None else replicas.num_bytes_read(planned_bytes)
         initialized = _initialize_rest(model, plan.binding)
         forget(plan.binding.tensors[name] for name in plan.binding.loaded_by_calls)
     return LoadReport(
@@ -132,22 +132,21 @@ def _write(
     names = [*binding.entries, *binding.values, *binding.loaded_by_calls]
     with undisturbed():
         tensors = _with_memory(model, binding, names)
-        sources = last_per_memory(tensors, binding)
-        pairs = [(name, tensors[name], source) for name, source in sources.items() if isinstance(source, Entry)]
+        writes = order_writes(tensors, binding)
+        pairs = [pair for wave in writes.waves for pair in wave]
         if mmap:
             map_entries(pairs)
         else:
-            turns = list(waves(pairs))
-            sharing = replicas and replicas.confirm([_work(turns), settings])
-            for wave in turns:
-                stream(_sinks(pair for pair in wave if is_sharded(pair[1])), settings, meter)
-                stream(_sinks(pair for pair in wave if not is_sharded(pair[1])), settings, meter, sharing)
+            sharing = replicas and replicas.confirm([_work(writes.waves), settings])
+            for wave in writes.waves:
+                sharded = [pair for pair in wave if is_sharded(pair[1])]
+                stream(_sinks(sharded), settings, meter)
+                stream(_sinks(_others(wave, sharded)), settings, meter, sharing)
         _note_writes([tensor for _, tensor, _ in pairs])
         refresh(tensor for _, tensor, _ in pairs)
     with torch.inference_mode():  # which may write to inference tensors as well as to others
-        for name, value in sources.items():
-            if isinstance(value, torch.Tensor):
-                _copy_value(tensors[name], value)
+        for tensor, value in writes.values:
+            _copy_value(tensor, value)
     try:
         for call in binding.calls:
             call()
@@ -174,7 +173,7 @@ def _note_writes(tensors: Sequence[torch.Tensor]) -> None:
 
 def _with_memory(model: Module, binding: Binding, names: Sequence[str]) -> Mapping[str, torch.Tensor]:
     """The tensors to write, after deferred ones among them got memory."""
-    deferred = [name for name in names if _is_meta(binding.tensors[name])]
+    deferred = _on_meta(binding.tensors, names)
     if not deferred:
         return binding.tensors
     if bare := [name for name in deferred if not has_recipe(binding.tensors[name])]:
@@ -186,19 +185,24 @@ def _with_memory(model: Module, binding: Binding, names: Sequence[str]) -> Mappi
     allocate(
         model, tensors=[binding.tensors[name] for name in deferred if isinstance(binding.tensors[name], Parameter)]
     )
-    if any(_is_meta(binding.tensors[name]) for name in deferred):
+    if _on_meta(binding.tensors, deferred):
         allocate(model)  # buffers that are views of parameters get their memory from those
     return {**binding.tensors, **named_state(model), **parts_of(model)}
 
 
-def _is_meta(tensor: torch.Tensor) -> bool:
+def _on_meta(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> list[str]:
     """The truth, also while construction is recorded and deferred tensors answer for the device they will be on."""
     with torch._C.DisableTorchFunction():
-        return tensor.is_meta
+        return [name for name in names if tensors[name].is_meta]
 
 
 def _sinks(pairs: Iterable[Pair]) -> list[Sink]:
     return [sink for pair in pairs for sink in sinks_for(*pair)]
+
+
+def _others(pairs: Sequence[Pair], some: Sequence[Pair]) -> Sequence[Pair]:
+    names = {name for name, _, _ in some}
+    return [pair for pair in pairs if pair[0] not in names] if names else pairs
 
 
 def _work(turns: Sequence[Sequence[Pair]]) -> list[object]:
@@ -307,6 +311,7 @@ def _batches(sinks: Sequence[Sink], max_scratch: int) -> Iterator[tuple[list[Sin
 
 def _initialize_rest(model: Module, binding: Binding) -> tuple[str, ...]:
     """Run the initializers of parameters that nobody has written by now, also of those that a load hook forgave."""
-    if not any(has_recipe(tensor) for tensor in binding.tensors.values()):
+    written = binding.entries.keys() | binding.values.keys()
+    if not any(has_recipe(tensor) for name, tensor in binding.tensors.items() if name not in written):
         return ()
     return tuple(initialize(model))

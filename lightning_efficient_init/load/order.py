@@ -6,14 +6,14 @@ counts. Here many threads copy at once, in the order of the file: what shares me
 
 from __future__ import annotations
 
-import itertools
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 
 from lightning_efficient_init.checkpoint import Entry
+from lightning_efficient_init.checkpoint.entry import layout_of
 from lightning_efficient_init.load.bind import Binding
 from lightning_efficient_init.sharding import part_of
 from lightning_efficient_init.sinks import PLAIN_TYPES
@@ -21,48 +21,83 @@ from lightning_efficient_init.sinks import PLAIN_TYPES
 Pair: TypeAlias = tuple[str, torch.Tensor, Entry]
 
 
-def last_per_memory(tensors: Mapping[str, torch.Tensor], binding: Binding) -> dict[str, Entry | torch.Tensor]:
-    """One source, an entry or a value, for each tensor: of several for tied names the last one."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Writes:
+    """What is to be written, in which order: of several values for tied names only the last one.
+
+    Attributes:
+        waves: Name, tensor and entry of what comes from files: all at once, but those that overlap an earlier tensor
+            come after it, one by one.
+        values: Tensors, and the values in memory that are copied into them afterwards.
+    """
+
+    waves: list[list[Pair]]
+    values: list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def order_writes(tensors: Mapping[str, torch.Tensor], binding: Binding) -> Writes:
+    """Put all that is bound in order.
+
+    Args:
+        tensors: The model's tensors by name, where they have their memory now.
+        binding: What is to be written to which of them.
+    """
     sources: dict[str, Entry | torch.Tensor] = {**binding.entries, **binding.values}
-    last = {_memory_key(tensors[name]): name for name in binding.tensors if name in sources}
-    return {name: sources[name] for name in last.values()}
+    names = [name for name in binding.tensors if name in sources]
+    if len({id(tensors[name]) for name in names}) < len(names):
+        names = _last(names, lambda name: id(tensors[name]))
+    late: set[str] = set()
+    dropped: set[str] = set()
+    for group in _overlapping(tensors, names):
+        first, *others = _last(group, lambda name: _memory_key(tensors[name]))
+        late.update(others)
+        dropped.update({*group} - {first, *others})
+    pairs: list[Pair] = []
+    values = []
+    for name in names:
+        if name in dropped:
+            continue
+        if isinstance(source := sources[name], Entry):
+            pairs.append((name, tensors[name], source))
+        else:
+            values.append((tensors[name], source))
+    return Writes([[pair for pair in pairs if pair[0] not in late], *([p] for p in pairs if p[0] in late)], values)
 
 
-def waves(pairs: Sequence[Pair]) -> Iterator[Sequence[Pair]]:
-    """All tensors at once; but those that overlap an earlier one come after it, one by one."""
-    by_storage: dict[int, list[Pair]] = defaultdict(list)
-    for pair in pairs:
-        if _is_plain(pair[1]):
-            by_storage[pair[1].untyped_storage()._cdata].append(pair)
-    late = [pair for group in by_storage.values() if _overlap([tensor for _, tensor, _ in group]) for pair in group[1:]]
-    late_names = {name for name, _, _ in late}
-    yield [pair for pair in pairs if pair[0] not in late_names]
-    for pair in late:
-        yield [pair]
+def _last(names: Sequence[str], key: Callable[[str], object]) -> list[str]:
+    """Of several names of equal key only the last one."""
+    last: dict[object, str] = {}
+    for name in reversed(names):
+        last.setdefault(key(name), name)
+    return [*reversed(last.values())]
+
+
+def _overlapping(tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> list[list[str]]:
+    """Groups of names whose memory has bytes in common, each group in the order of ``names``."""
+    spans = sorted([span for at, name in enumerate(names) if (span := _span(tensors[name], at))])
+    groups: list[list[int]] = []
+    end = 0
+    for start, stop, at in spans:
+        if start < end:
+            groups[-1].append(at)
+        else:
+            groups.append([at])
+        end = max(end, stop)
+    return [[names[at] for at in sorted(group)] for group in groups if len(group) > 1]
+
+
+def _span(tensor: torch.Tensor, at: int) -> tuple[int, int, int] | None:
+    """Addresses of its first byte and of the end of its last one, and ``at``; None if it has no memory of its own."""
+    if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided or tensor.is_meta:
+        return None
+    if part_of(tensor) is not None:
+        return None
+    start, num_bytes = tensor.data_ptr(), tensor.nbytes
+    if num_bytes and not tensor.is_contiguous():
+        num_bytes = layout_of(tuple(tensor.shape), tensor.stride()).extent * tensor.itemsize
+    return (start, start + num_bytes, at) if num_bytes else None
 
 
 def _memory_key(tensor: torch.Tensor) -> object:
     """Equal for tensors that are the same elements of the same memory."""
-    if not _is_plain(tensor):
-        return id(tensor)
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    is_tensor = type(tensor) in PLAIN_TYPES and tensor.layout is torch.strided and not tensor.is_meta
-    return is_tensor and part_of(tensor) is None
-
-
-def _overlap(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether any two tensors on one storage, taken from their first to their last element, have bytes in common."""
-    if len(tensors) < 2:
-        return False
-    spans = sorted(_span(tensor) for tensor in tensors if tensor.numel())
-    return any(end > start for (_, end), (start, _) in itertools.pairwise(spans))
-
-
-def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """Where its bytes start in the storage, and where they end."""
-    last = sum((int(size) - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start = int(tensor.storage_offset())
-    return start * tensor.itemsize, (start + last + 1) * tensor.itemsize
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

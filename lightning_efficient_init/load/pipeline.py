@@ -28,7 +28,6 @@ from __future__ import annotations
 import ctypes
 import itertools
 import mmap
-import os
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -36,12 +35,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
+from typing import Any
 
 import torch
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
+from lightning_efficient_init.checkpoint.file import CheckpointFile
 from lightning_efficient_init.cores import available_cores
-from lightning_efficient_init.errors import CheckpointError, CheckpointReadError, CorruptCheckpointError
+from lightning_efficient_init.errors import CheckpointError
 from lightning_efficient_init.load.extents import PAGE_BYTES, Piece, Read, plan_reads
 from lightning_efficient_init.sinks import Segment
 
@@ -50,7 +50,6 @@ MAX_THREADS = 12  # an H100 machine with 16 cores: 8 threads 25 GB/s, 12 and 16 
 SLOTS_PER_THREAD = 2
 MIN_HOST_BUFFER_BYTES = 64 << 10
 POLL_S = 0.02
-_IOV_MAX = 1024
 _MANY_PIECES = 8
 _ALIGNMENT = 64  # no element is larger, and CUDA copies from here at full speed
 _HUGE_PAGE_BYTES = 2 << 20
@@ -96,7 +95,7 @@ def transfer(segments: Sequence[Segment], settings: Settings, on_tick: Callable[
     """
     by_device: dict[torch.device, list[Segment]] = defaultdict(list)
     for segment in segments:
-        by_device[segment.dest.device].append(segment)
+        by_device[segment.memory.device].append(segment)
     done = 0
     written: list[str] = []
     for device, group in by_device.items():
@@ -171,6 +170,7 @@ class Transfer:
         self._lanes: list[_Lane] = []
         self._waiting: SimpleQueue[Batch | None] = SimpleQueue()
         self._stop = threading.Event()
+        self._starting = threading.Lock()
         self._errors: list[BaseException] = []
         self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="efficient-init")
 
@@ -217,6 +217,10 @@ class Transfer:
 
     def _work(self, lane: _Lane) -> None:
         try:
+            with self._starting:
+                # In a forked process torch makes its pool of threads anew when a new thread first asks for it, and
+                # answers "Invalid thread pool!" to whoever asks meanwhile (caffe2/utils/threadpool, torch 2.6 to 2.13).
+                torch.get_num_threads()
             with torch.inference_mode(), lane:  # which may write to inference tensors as well as to others
                 while self._load_next(lane):
                     pass
@@ -299,8 +303,8 @@ class _Lane:
 
     def __init__(self) -> None:
         self.bytes_read = 0
-        self._file: str | None = None
-        self._fd = -1
+        self._file: CheckpointFile | None = None
+        self._gap = memoryview(bytearray(PAGE_BYTES))  # where what nobody asked for goes
 
     def __enter__(self) -> _Lane:
         return self
@@ -316,67 +320,47 @@ class _Lane:
 
     def load(self, read: Read) -> None:
         """Bring one read to where it belongs."""
-        if _is_disjoint(read.pieces):
-            self._scatter(read)
-        else:
+        buffers = self._buffers(read)
+        if buffers is None:
             self._read_then_copy(read)
+        else:
+            self._fill(buffers, read)
         self.bytes_read += read.num_bytes
 
-    def _scatter(self, read: Read) -> None:
-        buffers, position = [], 0
+    def _buffers(self, read: Read) -> list[Any] | None:
+        """The memory of the parameters that ``read`` scatters into; None if several want the same bytes."""
+        buffers: list[Any] = []
+        position = 0
         for piece in read.pieces:
+            if piece.start < position:
+                return None
             if piece.start > position:
-                buffers.append(memoryview(bytearray(piece.start - position)))
-            buffers.append(_memory(piece.segment.dest, piece.segment_start, piece.num_bytes))
+                buffers.append(self._gap[: piece.start - position])
+            buffers.append(_memory(piece.segment.memory, piece.segment_start, piece.num_bytes))
             position = piece.start + piece.num_bytes
-        self._fill(buffers, read)
+        return buffers
 
     def _read_then_copy(self, read: Read) -> None:
         """Several segments want the same bytes: read them once, copy them to each."""
         buffer = torch.empty(read.num_bytes, dtype=torch.uint8)
         self._fill([_memory(buffer, 0, read.num_bytes)], read)
-        slot = _Slot(buffer, _memory(buffer, 0, read.num_bytes))
         for piece in read.pieces:
-            _copy(slot.view(piece.start, piece.num_bytes), piece, non_blocking=False)
+            _copy(buffer[piece.start : piece.start + piece.num_bytes], piece, non_blocking=False)
 
-    def _fill(self, buffers: list[memoryview], read: Read) -> None:
-        """Read all of ``read`` into ``buffers``."""
-        try:
-            _read_into(self._open(read.file), buffers, read)
-        except OSError:
-            self._fill_again(buffers, read)
-
-    def _fill_again(self, buffers: list[memoryview], read: Read) -> None:
-        """Failing and short reads are usual on network file systems: ask again, with a fresh file descriptor."""
-        try:
-            for attempt in _retrying():
-                with attempt:
-                    self._close()
-                    _read_into(self._open(read.file), buffers, read)
-        except _ShortReadError as error:
-            raise CorruptCheckpointError(
-                f"{read.file}: expected {read.num_bytes} bytes at position {read.offset} (tensor "
-                f"{read.pieces[0].segment.name!r}), but the file ends at {error.end}. It is truncated, or was changed "
-                "while it was read: copy or download it again."
-            ) from error
-        except OSError as error:
-            raise CheckpointReadError(
-                f"{read.file}: reading {read.num_bytes} bytes at position {read.offset} (tensor "
-                f"{read.pieces[0].segment.name!r}) failed {1 + _ATTEMPTS} times: {error}. Check the disk or the "
-                "network file system, then load again."
-            ) from error
-
-    def _open(self, file: str) -> int:
-        if self._file != file:
+    def _fill(self, buffers: Sequence[Any], read: Read) -> None:
+        """Read all of ``read`` into ``buffers``; rows go into one."""
+        if self._file is None or self._file.path != read.file:
             self._close()
-            self._fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            self._file = file
-        return self._fd
+            self._file = CheckpointFile(read.file)
+        if read.row_bytes:
+            whole, row = memoryview(buffers[0]).cast("B"), read.row_bytes
+            buffers = [whole[start : start + row] for start in range(0, read.num_bytes, row)]
+        name = read.pieces[0].segment.name
+        self._file.fill(buffers, read.offset, tensor=name, pitch_bytes=read.pitch_bytes)
 
     def _close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd, self._file = -1, None
+        if self._file is not None:
+            self._file.close()
 
 
 class _StagedLane(_Lane):
@@ -461,55 +445,6 @@ def _lane(device: torch.device, ring: _Ring, number: int) -> _Lane:
     return _StagedLane(device, *ring.part(number))
 
 
-_ATTEMPTS = 4
-
-
-class _ShortReadError(OSError):
-    """The file ends before the bytes that its header promised."""
-
-    def __init__(self, end: int) -> None:
-        super().__init__()
-        self.end = end
-
-
-def _retrying() -> Retrying:
-    return Retrying(
-        stop=stop_after_attempt(_ATTEMPTS),
-        wait=wait_exponential(multiplier=0.05, max=1.0),
-        retry=retry_if_exception_type(OSError),
-        reraise=True,
-    )
-
-
-def _read_into(fd: int, buffers: Sequence[memoryview], read: Read) -> None:
-    """Bring the bytes of ``read`` into ``buffers``; a read of rows has one buffer for all of them."""
-    if not read.row_bytes:
-        _read_fully(fd, list(buffers), read.offset)
-        return
-    (buffer,), row = buffers, read.row_bytes
-    offset = read.offset
-    for start in range(0, read.num_bytes, row):
-        view = buffer[start : start + row]
-        if os.preadv(fd, [view], offset) != row:
-            _read_fully(fd, [view], offset)
-        offset += read.pitch_bytes
-
-
-def _read_fully(fd: int, buffers: list[memoryview], offset: int) -> None:
-    """``preadv`` until every buffer is full."""
-    first = 0
-    while first < len(buffers):
-        count = os.preadv(fd, buffers[first : first + _IOV_MAX], offset)
-        if count == 0:
-            raise _ShortReadError(end=offset)
-        offset += count
-        while first < len(buffers) and count >= len(buffers[first]):
-            count -= len(buffers[first])
-            first += 1
-        if count:
-            buffers[first] = buffers[first][count:]
-
-
 def _copy(raw: torch.Tensor, piece: Piece, *, non_blocking: bool) -> None:
     """Copy one piece, bytes on the host or on the device, to its segment's destination."""
     segment = piece.segment
@@ -535,7 +470,7 @@ def _distribute(raw: torch.Tensor, lead: int, pieces: Sequence[Piece]) -> None:
         if segment.offset % segment.dtype.itemsize:
             _copy(raw[lead + piece.start : lead + piece.start + piece.num_bytes], piece, non_blocking=True)
         else:
-            kinds[segment.dtype, segment.dest.dtype].append(piece)
+            kinds[segment.dtype, segment.memory.dtype].append(piece)
     for (dtype, _), members in kinds.items():
         sources = _windows(raw.view(dtype), lead, members)
         torch._foreach_copy_([_destination(piece) for piece in members], sources)
@@ -567,6 +502,6 @@ def _is_disjoint(pieces: Sequence[Piece]) -> bool:
     return all(a.start + a.num_bytes <= b.start for a, b in itertools.pairwise(pieces))
 
 
-def _memory(tensor: torch.Tensor, start: int, num_bytes: int) -> memoryview:
-    """A writable view of a contiguous CPU tensor's bytes."""
-    return memoryview((ctypes.c_char * num_bytes).from_address(tensor.data_ptr() + start)).cast("B")
+def _memory(tensor: torch.Tensor, start: int, num_bytes: int) -> ctypes.Array[ctypes.c_char]:
+    """A contiguous CPU tensor's bytes, for ``preadv``. The tensor must outlive it."""
+    return (ctypes.c_char * num_bytes).from_address(tensor.data_ptr() + start)

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_efficient_init.checkpoint import CheckpointTree, Entry, index_tree, weights_of
 from lightning_efficient_init.errors import StateDictMismatchError
 from lightning_efficient_init.garbage import collections_paused
-from lightning_efficient_init.load.bind import Binding, Shape, bind, named_state
+from lightning_efficient_init.load.bind import Binding, Shape, StateTree, bind
 from lightning_efficient_init.load.extents import num_unique_bytes
 from lightning_efficient_init.load.keys import KeyMap, match_keys, rename_modules
 from lightning_efficient_init.sharding import is_engine, part_of
@@ -106,12 +106,14 @@ def plan_part(
     """Plan the load of the weights under ``key`` in an indexed checkpoint, or of its only weights."""
     model = unwrap(model)
     weights = weights_of(checkpoint.tree, key, path=checkpoint.path)
-    names = match_keys(weights.entries, named_state(model), key_map)
-    key_of = {name: key for key, name in names.items()}
-    state = {name: weights.entries[key] for key, name in names.items()}
     with collections_paused():
-        binding = bind(model, state, rename_modules(weights.metadata, names))
-    binding.unexpected = [key_of.get(name, name) for name in binding.unexpected]
+        tree = StateTree.of(model, settled=True)
+        names = match_keys(weights.entries, tree.tensors, key_map)
+        state = {name: weights.entries[key] for key, name in names.items()}
+        binding = bind(model, state, rename_modules(weights.metadata, names), tree)
+    if binding.unexpected:
+        key_of = {name: key for key, name in names.items()}
+        binding.unexpected = [key_of.get(name, name) for name in binding.unexpected]
     check(binding, checkpoint.path, strict=strict, ignore_mismatched=ignore_mismatched, num_keys=len(state))
     return LoadPlan(
         path=checkpoint.path,

@@ -51,7 +51,7 @@ class PlainSink:
         if entry.numel == 0:
             return ()
         if self.is_direct:
-            dest = self.tensor.detach().view(-1)
+            dest = self.tensor
         else:
             numel = entry.extent_bytes // entry.dtype.itemsize
             dest = self._scratch = torch.empty(numel, dtype=entry.dtype, device=self.device)
@@ -68,13 +68,13 @@ class PlainSink:
 
 def _is_direct(tensor: torch.Tensor, entry: Entry) -> bool:
     """Whether the entry's bytes, cast, are the tensor's memory."""
-    is_aligned = entry.dtype == tensor.dtype or entry.offset % entry.dtype.itemsize == 0
-    is_ordinary = type(tensor) in PLAIN_TYPES and tensor.layout is torch.strided
+    dtype = tensor.dtype
     return (
-        is_ordinary
-        and is_aligned
-        and entry.is_contiguous
+        type(tensor) in PLAIN_TYPES
+        and (entry.dtype is dtype or entry.offset % entry.dtype.itemsize == 0)
+        and tensor.layout is torch.strided
         and tensor.is_contiguous()
-        and not tensor.is_conj()
+        and entry.is_contiguous
+        and not (dtype.is_complex and tensor.is_conj())
         and not tensor.is_neg()
     )

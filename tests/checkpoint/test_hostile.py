@@ -421,6 +421,16 @@ def test_mutated_pickles_in_sound_archives_give_an_error_or_a_sound_index(
         check(write_torch_zip(mutate(pickled, rng), members), assert_inside)
 
 
+def test_mutated_pickles_of_many_tensors_give_an_error_or_a_sound_index(tmp_path, assert_inside, write_torch_zip):
+    """As many as it takes until nearly all are taken in one step."""
+    torch.save({f"w{i}": torch.ones(i % 4 + 1, 300) for i in range(60)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as content:
+        members = {name.split("/", 1)[1]: content.read(name) for name in content.namelist()}
+    pickled, rng = members.pop("data.pkl"), random.Random(0)
+    for _ in range(ROUNDS):
+        check(write_torch_zip(pickled[:3000] + mutate(pickled[3000:], rng), members), assert_inside)
+
+
 def test_mutated_safetensors_give_an_error_or_a_sound_index(tmp_path, assert_inside):
     path, rng = tmp_path / "a", random.Random(0)
     tensors = {key: value.contiguous() for key, value in small_tree()["state_dict"].items() if key != "u"}

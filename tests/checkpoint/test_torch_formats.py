@@ -3,13 +3,14 @@
 import argparse
 import collections
 import pickle
+import re
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from lightning_efficient_init.checkpoint import Entry, index_checkpoint, index_tree
+from lightning_efficient_init.checkpoint import Entry, index_checkpoint, index_tree, unpickle
 from lightning_efficient_init.errors import (
     CorruptCheckpointError,
     UnsafeCheckpointError,
@@ -333,3 +334,45 @@ def test_a_fabric_checkpoint_is_recognized(tmp_path, assert_same):
     assert index.weights_key == "net"
     assert_same(index.weights, model.state_dict())
     assert index.weights_metadata == model.state_dict()._metadata
+
+
+def many_kinds(count):
+    """Tensors of all that a pickle spells differently: dims, dtypes, sizes of numbers, ties, views, parameters."""
+    base, tree = torch.randn(300, 400), {}
+    for i in range(count):
+        dtype = (torch.float32, torch.bfloat16, torch.int64)[i % 3]
+        tree[f"{i}.plain"] = torch.ones((), dtype=dtype).expand((2,) * (i % 6)).contiguous()
+        tree[f"{i}.view"] = base[i % 7 : 200, i % 5 :: 2].t()
+        tree[f"{i}.empty"] = torch.empty(0, 70_000, 3)
+        tree[f"{i}.grad"] = torch.zeros(3, requires_grad=True)
+        tree[f"{i}.parameter"] = torch.nn.Parameter(torch.zeros(1, 3))
+        tree[f"{i}.tied"] = tree[f"{i}.grad"]
+    return tree
+
+
+def one_by_one(monkeypatch):
+    monkeypatch.setattr(unpickle, "_CALL", re.compile(rb"(?!)"))
+
+
+def test_tensors_taken_in_one_step_are_those_of_single_instructions(tmp_path, monkeypatch, assert_same):
+    tree = many_kinds(100)
+    path = save(tree, tmp_path / "a.pt")
+    found = index_checkpoint(path).weights
+    with zipfile.ZipFile(path) as content:
+        assert len(unpickle._CALL.findall(content.read("a/data.pkl"))) > 300
+    one_by_one(monkeypatch)
+    assert found == index_checkpoint(path).weights
+    assert_same(found, tree)
+
+
+def test_what_one_step_leaves_out_can_still_be_asked_for(tmp_path, write_torch_zip):
+    path = save({f"w{i}": torch.ones(4, 5) for i in range(80)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(path) as content:
+        members = {name.split("/", 1)[1]: content.read(name) for name in content.namelist()}
+    program = members.pop("data.pkl")
+    *_, last = unpickle._CALL.finditer(program)
+    shape_put = program.index(b"K\x04K\x05\x86r", last.start()) + 5
+    asked = program[:-2] + b"X\x05\0\0\0shapej" + program[shape_put + 1 : shape_put + 5] + program[-2:]
+    tree = index_tree(write_torch_zip(asked, members)).tree
+    assert tree.pop("shape") == (4, 5)
+    assert all(entry.shape == (4, 5) for entry in tree.values())

@@ -4,6 +4,9 @@ import gc
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 
@@ -12,7 +15,13 @@ import torch
 from torch import nn
 
 from lightning_efficient_init import load_checkpoint, plan_load
-from lightning_efficient_init.errors import CheckpointError, CheckpointReadError, CorruptCheckpointError
+from lightning_efficient_init.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CheckpointReadError,
+    CorruptCheckpointError,
+    UnsupportedCheckpointError,
+)
 from lightning_efficient_init.load.load import run_plan
 from lightning_efficient_init.load.pipeline import Settings
 from lightning_efficient_init.load.state_dict import streaming_load_state_dict
@@ -85,7 +94,7 @@ def test_a_file_that_is_whole_again_before_the_last_attempt_is_loaded(planned, p
 def test_a_file_that_is_gone_is_reported(planned, path):
     model, plan = planned
     path.unlink()
-    with pytest.raises(CheckpointReadError, match=r"No such file.*Check the disk"):
+    with pytest.raises(CheckpointNotFoundError, match=r"w\.pt.*nothing at this path.*Check the path"):
         run_plan(plan, SMALL)
     assert not any(parameter.any() for parameter in model.values())
 
@@ -95,7 +104,7 @@ def test_a_folder_or_a_pipe_in_the_files_place_is_reported_and_never_waited_for(
     model, plan = planned
     path.unlink()
     replace(path)
-    with pytest.raises(CheckpointReadError):
+    with pytest.raises(UnsupportedCheckpointError, match="expected a regular file"):
         run_plan(plan, SMALL)
     assert not any(parameter.any() for parameter in model.values())
 
@@ -140,6 +149,31 @@ def test_a_forked_child_can_load_after_its_parent_has(path):
         assert all((parameter == 1).all() for parameter in child.values())
 
     assert _in_child(load_again) == 0
+
+
+MANY_THREADS_AFTER_A_FORK = """
+    import os, sys, torch
+    from torch import nn
+    from lightning_efficient_init import load_checkpoint
+
+    torch.set_num_threads(64)  # torch's pool is large and takes long to make, so that threads do meet at it
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    torch.save({f"p{i}": torch.ones(1 << 20, dtype=torch.bfloat16) for i in range(8)}, sys.argv[1])
+    model = nn.ParameterDict({f"p{i}": nn.Parameter(torch.zeros(1 << 20)) for i in range(8)})
+    for _ in range(5):
+        pid = os.fork()
+        if pid == 0:
+            load_checkpoint(model, sys.argv[1], num_threads=4, host_buffer_bytes=4 << 20)
+            assert all((p == 1).all() for p in model.values())
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+"""
+
+
+def test_many_threads_can_load_in_a_forked_child(tmp_path):
+    command = [sys.executable, "-c", textwrap.dedent(MANY_THREADS_AFTER_A_FORK), str(tmp_path / "w.pt")]
+    result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
 
 
 def test_an_interrupt_ends_the_load_and_leaves_nothing_behind(tmp_path):
