@@ -167,7 +167,8 @@ def _shared(parts: Sequence[Part]) -> tuple[list[tuple[str, ...]], list[tuple[st
 def _overlapping(entries: Mapping[Entry, object]) -> Iterator[list[Entry]]:
     run: list[Entry] = []
     end = 0
-    for entry in sorted(entries, key=lambda e: (e.file, e.offset)):
+    in_one_piece = (entry for entry in entries if not entry.chunks)
+    for entry in sorted(in_one_piece, key=lambda e: (e.file, e.offset)):
         if run and (entry.file != run[0].file or entry.offset >= end):
             if len(run) > 1:
                 yield run

@@ -142,6 +142,11 @@ class Question:
         ):
             if value not in choices:
                 raise UsageError(f"{name} {value!r}: expected one of {', '.join(map(repr, choices))}.")
+        if self.quantize is not None and self.strategy not in _REPLICATED:
+            raise UsageError(
+                f"quantize={self.quantize!r} does not go with {self.strategy!r}, which shards parameters. Choose "
+                f"{' or '.join(map(repr, _REPLICATED))}, or leave quantize out."
+            )
         if self.num_devices < 1 or (self.strategy == "efficient_init" and self.num_devices > 1):
             raise UsageError(
                 f"{self.num_devices} devices: expected at least one, and exactly one for 'efficient_init'. Choose "
@@ -243,7 +248,8 @@ def remedies(model: Module, plan: LoadPlan | None, asked: Question, device_bytes
     found = [first for kind in kinds if (first := _first_fit(model, plan, asked, kind, device_bytes))]
     if found:
         return found
-    pairs = [[{**a, **b} for b in second for a in first] for i, first in enumerate(kinds) for second in kinds[i + 1 :]]
+    precisions, *others = kinds  # quantization and sharding do not go together
+    pairs = [[{**a, **b} for b in second for a in precisions] for second in others]
     return [first for pair in pairs if (first := _first_fit(model, plan, asked, pair, device_bytes))]
 
 

@@ -3,12 +3,14 @@
 import json
 import struct
 import time
+import warnings
 
 import lightning as L
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed import checkpoint as distributed_checkpoint
 
 from lightning_efficient_init.contents import inspect_checkpoint
 from lightning_efficient_init.errors import CheckpointNotFoundError, CorruptCheckpointError, UnsafeCheckpointError
@@ -98,6 +100,19 @@ def test_metrics_with_lists_of_tensors_and_extra_states_are_shown(tmp_path):
         "metric.0",
         "layer._extra_state.x",
     }
+
+
+def test_a_folder_of_torch_distributed_is_shown_like_a_file(tmp_path):
+    state = {"model": nn.Linear(4, 4).state_dict(), "steps": torch.arange(3)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there are no other processes
+        distributed_checkpoint.save(state, checkpoint_id=tmp_path / "folder")
+    contents = inspect_checkpoint(tmp_path / "folder")
+    (weights,) = contents.weights
+    assert {name: entry.shape for name, entry in weights.tensors.items()} == {"weight": (4, 4), "bias": (4,)}
+    assert weights.num_bytes == 80
+    assert contents.views == []
+    assert contents.ties == []
 
 
 def _safetensors_of(path, num_bytes):

@@ -219,6 +219,9 @@ def test_pairs_of_changes_are_tried_where_one_is_not_enough():
     found = remedies(model, None, asked, int(3.3e9))  # 2 GB of embeddings in 16 bits, 1 GB of the rest in 8
     assert [(plan.precision, plan.quantize) for plan in found] == [("bf16-true", "int8")]
     assert remedies(model, None, asked, int(2e9)) == []
+    on_gpus = remedies(model, None, Question(precision="32-true"), int(3.3e9))
+    assert [(plan.quantize, plan.num_devices) for plan in on_gpus] == [("int8", 1), (None, 4)]
+    assert remedies(model, None, Question(precision="32-true"), 1000) == []
 
 
 @pytest.mark.parametrize(
@@ -228,6 +231,7 @@ def test_pairs_of_changes_are_tried_where_one_is_not_enough():
         ({"precision": "bf16"}, "precision 'bf16'"),
         ({"quantize": "int4"}, "quantize 'int4'"),
         ({"device_type": "tpu"}, "device_type 'tpu'"),
+        ({"strategy": "efficient_init_fsdp2", "quantize": "nf4"}, "does not go with 'efficient_init_fsdp2'"),
         ({"num_devices": 2}, "exactly one for 'efficient_init'"),
         ({"num_devices": 0, "strategy": "efficient_init_ddp"}, "at least one"),
     ],

@@ -230,4 +230,5 @@ def _entry_as_json(entry: Entry) -> dict[str, Any]:
         "num_bytes": entry.num_bytes,
         "file": entry.file,
         "offset": entry.offset,
+        "num_chunks": len(entry.chunks) or 1,
     }
