@@ -89,7 +89,7 @@ def recording() -> Iterator[Recorder]:
     """`deferred_init`, with the recorder."""
     recorder = current()
     if recorder is not None:
-        with recorder.pausing(False):
+        with recorder.pausing(False), Answers(recorder):  # above modes that were entered since, such as `_EmptyInit`
             yield recorder
         return
     recorder = Recorder()

@@ -82,7 +82,7 @@ class StateTree:
         """Walk through ``module``; if ``settled``, once what waits for the end of a recording has been done to it."""
         if settled:
             settle(module)
-        modules = list(_walk(module))
+        modules = list(walk(module))
         return cls(modules, _tensors_of(modules))
 
 
@@ -132,7 +132,7 @@ class _Sorted:
         return self._names[bisect_left(self._names, prefix) : bisect_left(self._names, after)]
 
 
-def _walk(module: Module) -> Iterator[tuple[str, Module]]:
+def walk(module: Module) -> Iterator[tuple[str, Module]]:
     """All modules, each with the prefix of its names, in the order of a state dict."""
     waiting = [("", module)]  # no recursion: a walk by generators takes time quadratic in the depth
     while waiting:

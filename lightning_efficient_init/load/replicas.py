@@ -29,6 +29,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_efficient_init.errors import CheckpointError
+from lightning_efficient_init.load.bind import walk
 from lightning_efficient_init.load.extents import PAGE_BYTES
 from lightning_efficient_init.load.pipeline import Settings, transfer
 from lightning_efficient_init.sharding import has_parts
@@ -142,15 +143,15 @@ def replicating(group: distributed.ProcessGroup) -> Iterator[None]:
 
 def replicas_of(model: Module) -> Replicas | None:
     """The other ranks' copies or parts of ``model``: DDP's, FSDP's, and what `replicate` was told of."""
-    for module in model.modules():
+    if not distributed.is_initialized():
+        return None
+    for _, module in walk(model):
         if isinstance(module, DistributedDataParallel):
             return replicas_over(module.process_group)
         if module in _replicated:
             group = _replicated[module]
             return replicas_over(group) if _is_alive(group) else None
-    if distributed.is_initialized() and has_parts(model):
-        return replicas_over(distributed.group.WORLD)
-    return None
+    return replicas_over(distributed.group.WORLD) if has_parts(model) else None
 
 
 def divide(segments: Sequence[Segment], count: int) -> list[list[Segment]]:

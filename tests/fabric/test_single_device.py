@@ -9,7 +9,13 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning_models import Regression, assert_equal_states, loader, quiet_fabric
 from torch import nn
 
-from lightning_efficient_init import EfficientInit, load_checkpoint, uninitialized_parameters
+from lightning_efficient_init import (
+    EfficientInit,
+    deferred_init,
+    load_checkpoint,
+    materialize,
+    uninitialized_parameters,
+)
 from lightning_efficient_init.checkpoint import LazyTensor
 from lightning_efficient_init.deferred import UninitializedParameterWarning
 from lightning_efficient_init.errors import StateDictMismatchError
@@ -231,3 +237,13 @@ def test_load_checkpoint_takes_a_model_that_fabric_has_set_up(tmp_path):
     model = quiet_fabric().setup(Regression())
     load_checkpoint(model, tmp_path / "a.pth")
     assert_equal_states(model.state_dict(), torch.load(tmp_path / "a.pth"))
+
+
+def test_inside_a_recording_an_empty_model_has_whole_recipes():
+    fabric = quiet_fabric(strategy="efficient_init")
+    torch.manual_seed(0)
+    expected = nn.Linear(40, 50)
+    torch.manual_seed(0)
+    with deferred_init(), fabric.init_module(empty_init=True):
+        found = nn.Linear(40, 50)
+    assert_equal_states(materialize(found).state_dict(), expected.state_dict())

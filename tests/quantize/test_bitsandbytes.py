@@ -176,7 +176,8 @@ def test_a_model_computes_on_the_cpu_after_it_was_moved_there(mode):
     state = {name: value.cpu() for name, value in model.state_dict().items()}
     tokens = torch.arange(12).view(3, 4)
     expected = model(tokens.cuda()).cpu()
-    assert torch.allclose(model.cpu()(tokens), expected, atol=0.1)
+    found = model.cpu()(tokens)
+    assert (found - expected).norm() < 0.02 * expected.norm()  # CUDA's int8 kernels quantize inputs, the CPU's do not
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
     assert {part.device.type for layer in layers for part in layer.weight.parts().values()} == {"cpu"}
