@@ -291,6 +291,7 @@ def main() -> None:
             for title, rounds in results.items():
                 if i < (args.stock_rounds or args.rounds) or title.startswith("ours"):
                     rounds.append(run_row(title, args.model, Path(folder), check=i == 0))
+                    print(f"{rounds[-1]['seconds']:8.3f} s  {title}", flush=True)  # a run that is cut has said this
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
     print_table(results, args.model)
