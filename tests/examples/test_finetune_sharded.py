@@ -12,10 +12,17 @@ ROOT = Path(__file__).parents[2]
 SMALL = ["--max-steps=2", "--batch-size=4", "--max-tokens=8", "--num-held-out=20"]
 
 
+def _run(command, environment):
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=130, check=False)
+
+
 def test_the_example_resumes_on_two_ranks_and_reloads_on_one(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "finetune_sharded.py"), *SMALL, f"--folder={tmp_path}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    try:
+        done = _run(command, environment)
+    except subprocess.TimeoutExpired:  # seen once in some runs: the two processes had not met; it takes 30 s else
+        done = _run(command, environment)
     assert done.returncode == 0, done.stderr
     assert "reloaded on one device" in done.stdout
     assert "after 2 steps on 2 devices: recall@1" in done.stdout
