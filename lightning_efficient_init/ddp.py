@@ -13,7 +13,7 @@ from lightning_efficient_init.load.replicas import Replicas, replicas_over, repl
 
 
 class HasReplicas:
-    """A strategy under which every rank has the whole model, and all of them load it together."""
+    """A strategy whose ranks load together, whether each has the whole model or a part of it."""
 
     def replicas(self) -> Replicas | None:
         """All ranks, once there are processes."""

@@ -77,6 +77,10 @@ class PartitionsModules(ShardsModules):
     parallel_devices: Any
     _config_initialized: bool
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"stage": _STAGE, **kwargs})
+        _check_stage(self.config)
+
     def make_partitions(self, module: Module) -> Module:
         """Partition a module, and read the checkpoints that were loaded into it before."""
         import deepspeed  # noqa: PLC0415 (an optional dependency, slow to import)
@@ -116,7 +120,7 @@ def _initialize(original: Callable[..., Any], *, args: Any, **kwargs: Any) -> An
     return original(args=args, **kwargs)
 
 
-def check_stage(config: dict[str, Any]) -> None:
+def _check_stage(config: dict[str, Any]) -> None:
     """Refuse the stages that leave each rank with all parameters."""
     stage = config.get("zero_optimization", {}).get("stage")
     if stage != _STAGE:

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import distributed
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from lightning_efficient_init.ddp import HasReplicas
 from lightning_efficient_init.deferred import distribute, initialize_required, postponed_init, unrecorded_engines, watch
 from lightning_efficient_init.deferred.sharded import Windows
 from lightning_efficient_init.errors import QuantizationError
@@ -18,18 +18,14 @@ from lightning_efficient_init.init_context import init_context
 from lightning_efficient_init.load.load import run_plan
 from lightning_efficient_init.load.optimizer import read_optimizer_state
 from lightning_efficient_init.load.postponed import has_waiting, take_waiting
-from lightning_efficient_init.load.replicas import Replicas, agreed, replicas_over
+from lightning_efficient_init.load.replicas import agreed
 from lightning_efficient_init.quantize import QuantizedLayer
 
 
-class ShardsModules:
+class ShardsModules(HasReplicas):
     """A strategy whose modules are recorded, sharded, and only then given memory, each rank its part."""
 
     root_device: torch.device
-
-    def replicas(self) -> Replicas | None:
-        """All ranks, once there are processes: they load together."""
-        return replicas_over(distributed.group.WORLD) if distributed.is_initialized() else None
 
     def shard(self, module: Module, engine: Callable[[Module], Module], known: Windows | None = None) -> Module:
         """Let ``engine`` shard a module; then read the checkpoints that were loaded into it before, and watch it.

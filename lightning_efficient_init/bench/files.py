@@ -119,7 +119,6 @@ _WRITERS: Mapping[str, Callable[[Task, Mapping[str, Tensor], Path], Path]] = {
     "safetensors": _write_shards,
     "ckpt": _write_lightning,
 }
-FORMS = tuple(_WRITERS)
 
 
 def form_of(path: str) -> str:

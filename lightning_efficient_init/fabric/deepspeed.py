@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 from lightning_efficient_init.deepspeed import (
     BuildsInDtype,
     PartitionsModules,
-    check_stage,
     initializing,
     is_deepspeed_folder,
     use_cpu,
@@ -46,10 +45,6 @@ class EfficientDeepSpeedStrategy(PartitionsModules, StreamsCheckpoints, DeepSpee
     Raises:
         ValueError: The configuration asks for another stage.
     """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"stage": 3, **kwargs})
-        check_stage(self.config)
 
     @property
     def precision(self) -> Precision:

@@ -80,15 +80,6 @@ def stretch_of(tensor: torch.Tensor) -> Stretch:
     return Stretch(shape, info.intra_param_start_idx, memory, is_whole)
 
 
-def parts_of_flat(flat: torch.Tensor) -> list[tuple[str, torch.Tensor, int]]:
-    """The stand-ins for the parameters in a flat one that this rank has something of: name, stand-in, offset."""
-    found = []
-    for info, fqn, shard in zip(flat._param_infos, flat._fqns, flat._shard_param_infos, strict=True):  # type: ignore[attr-defined]
-        if shard.in_shard:
-            found.append((fqn, stand_ins(info.module)[info.param_name], shard.offset_in_shard))
-    return found
-
-
 def _handles(module: Module) -> Iterator[Any]:
     for child in module.modules():
         if "_fsdp_wrapped_module" in child._modules and (handle := getattr(child, "_handle", None)) is not None:

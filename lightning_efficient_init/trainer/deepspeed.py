@@ -19,7 +19,6 @@ from torch.nn import Module
 from lightning_efficient_init.deepspeed import (
     BuildsInDtype,
     PartitionsModules,
-    check_stage,
     initializing,
     is_deepspeed_folder,
     use_cpu,
@@ -52,10 +51,6 @@ class EfficientDeepSpeedStrategy(PartitionsModules, DeepSpeedStrategy):
     """
 
     strategy_name = "efficient_init_deepspeed_stage_3"
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"stage": 3, **kwargs})
-        check_stage(self.config)
 
     @property
     def precision_plugin(self) -> Precision:
