@@ -29,7 +29,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_efficient_init.checkpoint import Entry
 from lightning_efficient_init.deferred import has_recipe
 from lightning_efficient_init.errors import UsageError
-from lightning_efficient_init.fsdp2 import repeated_blocks
 from lightning_efficient_init.load.keys import KeyMap
 from lightning_efficient_init.load.load import BATCH_BYTES, MAX_BATCHES
 from lightning_efficient_init.load.pipeline import SLOTS_PER_THREAD, Settings, divide
@@ -37,6 +36,7 @@ from lightning_efficient_init.load.plan import LoadPlan, plan_load, unwrap
 from lightning_efficient_init.quantize.choose import choose
 from lightning_efficient_init.sinks import sink_for
 from lightning_efficient_init.sinks.bitsandbytes import PART_BYTES
+from lightning_efficient_init.strategies.fsdp2 import repeated_blocks
 
 MakeOptimizer = Callable[[list[Parameter]], Optimizer]
 

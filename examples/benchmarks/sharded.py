@@ -33,9 +33,9 @@ from torch import distributed, nn
 
 from lightning_efficient_init import EfficientInit
 from lightning_efficient_init.bench.llama import SIZES, Block, RMSNorm, build
-from lightning_efficient_init.fsdp2 import shard_blocks
 from lightning_efficient_init.memory import PeakMemory
 from lightning_efficient_init.sharding import part_of
+from lightning_efficient_init.strategies.fsdp2 import shard_blocks
 
 IS_CUDA = torch.cuda.is_available()
 NAMES = {

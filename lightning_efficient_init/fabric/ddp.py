@@ -10,9 +10,9 @@ from torch import distributed
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_efficient_init.ddp import HasReplicas, replicate_module, to_device
 from lightning_efficient_init.fabric.streaming import StreamsCheckpoints
 from lightning_efficient_init.load.replicas import replicating
+from lightning_efficient_init.strategies.ddp import HasReplicas, replicate_module, to_device
 
 
 class EfficientDDPStrategy(HasReplicas, StreamsCheckpoints, DDPStrategy):

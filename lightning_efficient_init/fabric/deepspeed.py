@@ -13,19 +13,19 @@ from lightning.fabric.utilities.types import _PATH
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from lightning_efficient_init.deepspeed import (
+from lightning_efficient_init.deferred import watch
+from lightning_efficient_init.errors import UnsupportedCheckpointError
+from lightning_efficient_init.fabric.streaming import StreamsCheckpoints
+from lightning_efficient_init.lightning_checkpoint import is_streamable
+from lightning_efficient_init.precision import EfficientInit
+from lightning_efficient_init.strategies.deepspeed import (
     BuildsInDtype,
     PartitionsModules,
     initializing,
     is_deepspeed_folder,
     use_cpu,
 )
-from lightning_efficient_init.deferred import watch
-from lightning_efficient_init.errors import UnsupportedCheckpointError
-from lightning_efficient_init.fabric.streaming import StreamsCheckpoints
-from lightning_efficient_init.lightning_checkpoint import is_streamable
-from lightning_efficient_init.precision import EfficientInit
-from lightning_efficient_init.sharded import refuse_quantized, sharded_init_context
+from lightning_efficient_init.strategies.sharded import refuse_quantized, sharded_init_context
 
 
 class _Precision(BuildsInDtype, DeepSpeedPrecision):

@@ -15,10 +15,10 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_efficient_init.fabric.streaming import StreamsCheckpoints
-from lightning_efficient_init.fsdp import KeepsDeclaredDtypes, gathering, is_wrapped, wrap
 from lightning_efficient_init.lightning_checkpoint import is_streamable
 from lightning_efficient_init.precision import EfficientInit
-from lightning_efficient_init.sharded import ShardsModules, refuse_quantized, sharded_init_context
+from lightning_efficient_init.strategies.fsdp import KeepsDeclaredDtypes, gathering, is_wrapped, wrap
+from lightning_efficient_init.strategies.sharded import ShardsModules, refuse_quantized, sharded_init_context
 
 
 class _Precision(KeepsDeclaredDtypes, FSDPPrecision):

@@ -14,9 +14,9 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_efficient_init.fabric.streaming import StreamsCheckpoints
-from lightning_efficient_init.fsdp2 import SizesMesh, check_parallelized, shard_blocks
 from lightning_efficient_init.lightning_checkpoint import is_streamable
-from lightning_efficient_init.sharded import ShardsModules, sharded_init_context
+from lightning_efficient_init.strategies.fsdp2 import SizesMesh, check_parallelized, shard_blocks
+from lightning_efficient_init.strategies.sharded import ShardsModules, sharded_init_context
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

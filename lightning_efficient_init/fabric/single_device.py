@@ -8,7 +8,7 @@ from lightning.fabric.plugins import CheckpointIO, Precision
 from lightning.fabric.strategies import SingleDeviceStrategy
 
 from lightning_efficient_init.fabric.streaming import StreamsCheckpoints
-from lightning_efficient_init.single_device import FollowsAcceleratorDevice
+from lightning_efficient_init.strategies.single_device import FollowsAcceleratorDevice
 
 
 class EfficientSingleDeviceStrategy(FollowsAcceleratorDevice, StreamsCheckpoints, SingleDeviceStrategy):

@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import distributed
 
-from lightning_efficient_init.ddp import HasReplicas, replicate_module, to_device
 from lightning_efficient_init.deferred import deferred_init
 from lightning_efficient_init.load.replicas import replicate
+from lightning_efficient_init.strategies.ddp import HasReplicas, replicate_module, to_device
 from lightning_efficient_init.trainer.streaming import StreamsCheckpoints
 
 

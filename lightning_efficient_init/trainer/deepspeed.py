@@ -16,19 +16,19 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.nn import Module
 
-from lightning_efficient_init.deepspeed import (
+from lightning_efficient_init.deferred import watch
+from lightning_efficient_init.lightning_checkpoint import open_lightning_checkpoint
+from lightning_efficient_init.load.replicas import agreed
+from lightning_efficient_init.load.state_dict import streaming_load_state_dict
+from lightning_efficient_init.precision import EfficientInit
+from lightning_efficient_init.strategies.deepspeed import (
     BuildsInDtype,
     PartitionsModules,
     initializing,
     is_deepspeed_folder,
     use_cpu,
 )
-from lightning_efficient_init.deferred import watch
-from lightning_efficient_init.lightning_checkpoint import open_lightning_checkpoint
-from lightning_efficient_init.load.replicas import agreed
-from lightning_efficient_init.load.state_dict import streaming_load_state_dict
-from lightning_efficient_init.precision import EfficientInit
-from lightning_efficient_init.sharded import refuse_quantized, sharded_init_context
+from lightning_efficient_init.strategies.sharded import refuse_quantized, sharded_init_context
 
 
 class _Precision(BuildsInDtype, DeepSpeedPrecision):

@@ -13,9 +13,9 @@ from lightning.pytorch.strategies.fsdp import _setup_activation_checkpointing
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from lightning_efficient_init.fsdp import KeepsDeclaredDtypes, gathering, is_wrapped, wrap
 from lightning_efficient_init.precision import EfficientInit
-from lightning_efficient_init.sharded import refuse_quantized, sharded_init_context
+from lightning_efficient_init.strategies.fsdp import KeepsDeclaredDtypes, gathering, is_wrapped, wrap
+from lightning_efficient_init.strategies.sharded import refuse_quantized, sharded_init_context
 from lightning_efficient_init.trainer.sharded import LoadsParts
 
 

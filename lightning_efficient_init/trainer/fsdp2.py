@@ -15,8 +15,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn import Module
 
 from lightning_efficient_init.deferred.sharded import windows
-from lightning_efficient_init.fsdp2 import SizesMesh, check_parallelized, is_parallelized, shard_blocks
-from lightning_efficient_init.sharded import sharded_init_context
+from lightning_efficient_init.strategies.fsdp2 import SizesMesh, check_parallelized, is_parallelized, shard_blocks
+from lightning_efficient_init.strategies.sharded import sharded_init_context
 from lightning_efficient_init.trainer.sharded import LoadsParts
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning_efficient_init.lightning_checkpoint import is_streamable, open_lightning_checkpoint
 from lightning_efficient_init.load.replicas import agreed
 from lightning_efficient_init.load.state_dict import streaming_load_state_dict
-from lightning_efficient_init.sharded import ShardsModules
+from lightning_efficient_init.strategies.sharded import ShardsModules
 
 
 class LoadsParts(ShardsModules, Strategy):

@@ -8,7 +8,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from lightning_efficient_init.single_device import FollowsAcceleratorDevice
+from lightning_efficient_init.strategies.single_device import FollowsAcceleratorDevice
 from lightning_efficient_init.trainer.streaming import StreamsCheckpoints
 
 

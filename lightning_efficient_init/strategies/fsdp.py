@@ -17,11 +17,11 @@ from torch.nn import Module
 
 from lightning_efficient_init.deferred import fill_own, keep_recipes
 from lightning_efficient_init.deferred.sharded import windows
-from lightning_efficient_init.fsdp2 import repeated_blocks
 from lightning_efficient_init.load.postponed import has_waiting
 from lightning_efficient_init.patching import ScopedPatch
 from lightning_efficient_init.precision import PrecisionName, cast_module
 from lightning_efficient_init.sharding import mark_parts
+from lightning_efficient_init.strategies.fsdp2 import repeated_blocks
 
 _DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32, "64": torch.float64}
 

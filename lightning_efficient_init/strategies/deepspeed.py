@@ -28,8 +28,8 @@ from lightning_efficient_init.load.postponed import has_waiting, take_waiting
 from lightning_efficient_init.load.replicas import agreed
 from lightning_efficient_init.patching import ScopedPatch
 from lightning_efficient_init.precision import cast_module
-from lightning_efficient_init.sharded import ShardsModules
 from lightning_efficient_init.sharding import is_partitioned, partition
+from lightning_efficient_init.strategies.sharded import ShardsModules
 
 
 def make_partitions(module: Module, engine: Any, device: torch.device, *, is_empty: bool) -> Module:

@@ -10,7 +10,6 @@ import torch
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from lightning_efficient_init.ddp import HasReplicas
 from lightning_efficient_init.deferred import distribute, initialize_required, postponed_init, unrecorded_engines, watch
 from lightning_efficient_init.deferred.sharded import Windows
 from lightning_efficient_init.errors import QuantizationError
@@ -20,6 +19,7 @@ from lightning_efficient_init.load.optimizer import read_optimizer_state
 from lightning_efficient_init.load.postponed import has_waiting, take_waiting
 from lightning_efficient_init.load.replicas import agreed
 from lightning_efficient_init.quantize import QuantizedLayer
+from lightning_efficient_init.strategies.ddp import HasReplicas
 
 
 class ShardsModules(HasReplicas):
