@@ -24,7 +24,7 @@ from lightning_efficient_init.load.postponed import must_wait, postpone
 from lightning_efficient_init.load.replicas import Replicas, agreed, replicas_of
 from lightning_efficient_init.load.report import LoadReport, Meter
 from lightning_efficient_init.quantize import parts_of
-from lightning_efficient_init.sharding import is_sharded, part_of, refresh
+from lightning_efficient_init.sharding import is_engine, is_sharded, part_of, refresh, refresh_engine
 from lightning_efficient_init.sinks import Segment, Sink, sinks_for
 
 # Scratch memory on the device, together 128 MiB. Four batches keep a dozen threads busy while one is worked on.
@@ -87,7 +87,10 @@ def load_checkpoint(
         plan = plan_load(
             model, path, strict=strict, key_map=key_map, ignore_mismatched=ignore_mismatched, weights_only=weights_only
         )
-        return run_plan(plan, settings, progress=progress, mmap=mmap, started=started, replicas=replicas)
+        report = run_plan(plan, settings, progress=progress, mmap=mmap, started=started, replicas=replicas)
+    if is_engine(model):
+        refresh_engine(model)
+    return report
 
 
 def run_plan(

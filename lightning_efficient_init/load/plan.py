@@ -16,7 +16,7 @@ from lightning_efficient_init.garbage import collections_paused
 from lightning_efficient_init.load.bind import Binding, Shape, StateTree, bind
 from lightning_efficient_init.load.extents import num_unique_bytes
 from lightning_efficient_init.load.keys import KeyMap, match_keys, rename_modules
-from lightning_efficient_init.sharding import is_engine, part_of
+from lightning_efficient_init.sharding import is_engine, mark_parts, part_of
 
 _WRAPPED_AS = ("_original_module", "_orig_mod")  # by Fabric, by torch.compile
 
@@ -105,6 +105,7 @@ def plan_part(
 ) -> LoadPlan:
     """Plan the load of the weights under ``key`` in an indexed checkpoint, or of its only weights."""
     model = unwrap(model)
+    mark_parts(model)
     weights = weights_of(checkpoint.tree, key, path=checkpoint.path)
     with collections_paused():
         tree = StateTree.of(model, settled=True)

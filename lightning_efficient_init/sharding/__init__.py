@@ -16,6 +16,7 @@ from lightning_efficient_init.sharding.zero3 import (
     partition,
     partition_of,
     refresh,
+    refresh_engine,
     shown_whole,
 )
 
@@ -38,6 +39,7 @@ __all__ = [
     "part_of",
     "partition",
     "refresh",
+    "refresh_engine",
     "settle",
     "shape_of",
     "shown_whole",
