@@ -132,7 +132,7 @@ def _save_and_resume(rank, world_size, path, engine, kind):
     state = {"model": model, "optimizer": optimizer, "step": 0}
     assert fabric.load(path, state) == {}
     assert state["step"] == 2
-    assert _train(fabric, model, optimizer, 2) == pytest.approx(expected, rel=1e-5)
+    assert _train(fabric, model, optimizer, 2) == expected
 
 
 @running_engines
@@ -243,17 +243,19 @@ def test_every_precision_takes_parts(tmp_path, precision, is_ours, engine):
     run_ranks(_precisions, 2, tmp_path / "a.pth", precision, is_ours, engine)
 
 
-def _load_2d(rank, path):
+def _parallelize(model, mesh):
+    """In both directions; each layer by itself."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    def parallelize(model, mesh):
-        for layer in model:
-            parallelize_module(layer, mesh["tensor_parallel"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
-            fully_shard(layer, mesh=mesh["data_parallel"])
-        return fully_shard(model, mesh=mesh["data_parallel"])
+    for layer in model:
+        parallelize_module(layer, mesh["tensor_parallel"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        fully_shard(layer, mesh=mesh["data_parallel"])
+    return fully_shard(model, mesh=mesh["data_parallel"])
 
-    fabric = fabric_of(4, EfficientFSDP2Strategy(parallelize, data_parallel_size=2, tensor_parallel_size=2))
+
+def _load_2d(rank, path):
+    fabric = fabric_of(4, EfficientFSDP2Strategy(_parallelize, data_parallel_size=2, tensor_parallel_size=2))
     with fabric.init_module(empty_init=True):
         model = two_layers()
     model = fabric.setup(model)
@@ -273,6 +275,36 @@ def test_tensor_parallel_and_sharded_parameters_are_loaded(tmp_path):
     for state, num_bytes in run_ranks(_load_2d, 4, tmp_path / "a.pth"):
         assert_equal_states(state, expected)
         assert num_bytes < 0.4 * sum(value.nbytes for value in expected.values())
+
+
+def _train_2d(rank, sizes):
+    """Losses of four steps, for each of two batches; ranks that differ in their part of a layer have the same batch."""
+    data, tensor = sizes
+    strategy = EfficientFSDP2Strategy(_parallelize, data_parallel_size=data, tensor_parallel_size=tensor)
+    fabric = fabric_of(data * tensor, strategy if tensor > 1 else "ddp")
+    torch.manual_seed(1 + rank if tensor > 1 else 1)
+    with fabric.init_module():
+        model = two_layers()
+    model = fabric.setup(model)
+    optimizer = fabric.setup_optimizers(torch.optim.Adam(model.parameters(), lr=1e-2))
+    generator = torch.Generator().manual_seed(rank // tensor)
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = (model(torch.randn(4, 8, generator=generator)) - 1).square().mean()
+        fabric.backward(loss)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@RUN_ENGINES[0].marks[0]
+def test_training_losses_in_both_directions_are_those_of_ddp():
+    first, second = run_ranks(_train_2d, 2, (2, 1))
+    assert first[0] > first[-1]
+    found = run_ranks(_train_2d, 4, (2, 2))
+    for losses, expected in zip(found, (first, first, second, second), strict=True):
+        assert losses == pytest.approx(expected, rel=1e-5)
 
 
 def _flat(rank, path):
