@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lightning_efficient_init.sharding.dtensor import block_of, give_local_memory, is_dtensor, like_dtensor
-from lightning_efficient_init.sharding.fsdp import FLAT_NAME, is_flattened, mark_parts, stand_ins, stretch_of
+from lightning_efficient_init.sharding.fsdp import FLAT_NAME, is_flat, is_flattened, mark_parts, stand_ins, stretch_of
 from lightning_efficient_init.sharding.fully_shard import offloaded, settle
 from lightning_efficient_init.sharding.part import Block, Part, Rows, Stretch
 from lightning_efficient_init.sharding.zero3 import (
@@ -30,6 +30,7 @@ __all__ = [
     "has_parts",
     "is_dtensor",
     "is_engine",
+    "is_flat",
     "is_flattened",
     "is_partitioned",
     "is_sharded",

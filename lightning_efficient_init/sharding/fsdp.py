@@ -60,6 +60,11 @@ def stand_ins(module: Module) -> dict[str, torch.Tensor]:
     return _stand_ins.get(module, {})
 
 
+def is_flat(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` is one of FSDP's own, made of several parameters."""
+    return bool(getattr(tensor, "_is_flat_param", False))
+
+
 def is_flattened(tensor: torch.Tensor) -> bool:
     """Whether `mark_parts` has seen ``tensor``."""
     return tensor.__dict__.get(_MARK) is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import lightning as L
@@ -12,8 +13,9 @@ from sharded_models import RUN_ENGINES, TinyLM, assert_equal_states, eager_model
 
 from lightning_efficient_init import EfficientInit, load_checkpoint, uninitialized_parameters
 from lightning_efficient_init.deferred import UninitializedParameterWarning
-from lightning_efficient_init.errors import CheckpointError, StateDictMismatchError
+from lightning_efficient_init.errors import CheckpointError, StateDictMismatchError, UnsupportedCheckpointError
 from lightning_efficient_init.fabric import EfficientFSDP2Strategy, EfficientFSDPStrategy
+from lightning_efficient_init.memory import PeakMemory
 from lightning_efficient_init.sharding import part_of
 
 ENGINES = {"fsdp2": EfficientFSDP2Strategy, "fsdp": EfficientFSDPStrategy}
@@ -331,6 +333,62 @@ def test_parameters_that_are_flat_are_initialized_and_loaded(tmp_path):
         assert_equal_states(first, initialized)
         assert_equal_states(second, loaded)
     assert sum(num_bytes for _, _, num_bytes in results) == sum(value.nbytes for value in loaded.values())
+
+
+def _resume_flat(rank, path):
+    fabric = fabric_of(2, EfficientFSDPStrategy(use_orig_params=False))
+    with fabric.init_module():
+        model = two_layers()
+    model = fabric.setup(model)
+    optimizer = fabric.setup_optimizers(torch.optim.Adam(model.parameters()))
+    with pytest.raises(UnsupportedCheckpointError, match="use_orig_params=True, its default, or load the model alone"):
+        fabric.load(path, {"model": model, "optimizer": optimizer})
+    fabric.load(path, {"model": model})
+    return whole_state(model._forward_module)
+
+
+def test_an_optimizer_of_flat_parameters_is_refused_with_the_remedy(tmp_path):
+    model = two_layers()
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 8)).sum().backward()
+    optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "a.ckpt")
+    for state in run_ranks(_resume_flat, 2, tmp_path / "a.ckpt"):
+        assert_equal_states(state, model.state_dict())
+
+
+BLOCK_BYTES = 32 << 20
+
+
+class Blocks(torch.nn.Sequential):
+    """Eight blocks of 32 MiB."""
+
+    def __init__(self):
+        super().__init__(*[torch.nn.Sequential(torch.nn.Linear(2048, 4096, bias=False)) for _ in range(8)])
+
+
+def _peak(rank, engine, path):
+    fabric = fabric_of(2, engine)
+    with fabric.init_module():
+        fabric.setup(two_layers())  # libraries that are imported at the first use are not what is measured
+    gc.collect()
+    with PeakMemory(in_background=True) as memory:
+        with fabric.init_module(empty_init=path is not None):
+            model = Blocks()
+        if path is not None:
+            fabric.load_raw(path, model)
+        model = fabric.setup(model)
+    return memory.host_bytes
+
+
+@engines
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_no_rank_ever_has_more_than_its_part_and_two_blocks(tmp_path, engine, is_loaded):
+    path = tmp_path / "a.pth" if is_loaded else None
+    if is_loaded:
+        torch.save(Blocks().state_dict(), path)
+    for peak_bytes in run_ranks(_peak, 2, engine, path):
+        assert 3 * BLOCK_BYTES < peak_bytes <= 6 * BLOCK_BYTES + (16 << 20)  # of eight
 
 
 def _uninitialized(rank, engine):
