@@ -24,7 +24,7 @@ from lightning_efficient_init.load.postponed import must_wait, postpone
 from lightning_efficient_init.load.replicas import Replicas, agreed, replicas_of
 from lightning_efficient_init.load.report import LoadReport, Meter
 from lightning_efficient_init.quantize import parts_of
-from lightning_efficient_init.sharding import is_engine, is_sharded, part_of, refresh, refresh_engine
+from lightning_efficient_init.sharding import copies_of, is_engine, is_sharded, part_of, refresh, refresh_engine
 from lightning_efficient_init.sinks import Segment, Sink, sinks_for
 
 # Scratch memory on the device, together 128 MiB. Four batches keep a dozen threads busy while one is worked on.
@@ -143,7 +143,9 @@ def _write(
             sharing = replicas and replicas.confirm([_work(writes.waves), settings])
             for wave in writes.waves:
                 sharded = [pair for pair in wave if is_sharded(pair[1])]
-                stream(_sinks(sharded), settings, meter)
+                copies = sharing and _copies([tensor for _, tensor, _ in sharded], sharing)
+                with agreed(copies):
+                    stream(_sinks(sharded), settings, meter, copies)
                 stream(_sinks(_others(wave, sharded)), settings, meter, sharing)
         _note_writes([tensor for _, tensor, _ in pairs])
         refresh(tensor for _, tensor, _ in pairs)
@@ -158,6 +160,13 @@ def _write(
         raise
     forget(tensors[name] for name in (*binding.entries, *binding.values))
     return tuple(names)
+
+
+def _copies(tensors: Sequence[torch.Tensor], replicas: Replicas) -> Replicas | None:
+    """The ranks with the same parts as this one of all of some tensors, where a mesh repeats them along one axis."""
+    groups = {id(group): group for group in map(copies_of, tensors)}
+    group = next(iter(groups.values())) if len(groups) == 1 else None
+    return None if group is None else Replicas(group, replicas)
 
 
 def _copy_value(tensor: torch.Tensor, value: torch.Tensor) -> None:

@@ -6,7 +6,13 @@ from typing import Any
 
 import torch
 
-from lightning_efficient_init.sharding.dtensor import block_of, give_local_memory, is_dtensor, like_dtensor
+from lightning_efficient_init.sharding.dtensor import (
+    block_of,
+    give_local_memory,
+    is_dtensor,
+    like_dtensor,
+    repeated_over,
+)
 from lightning_efficient_init.sharding.fsdp import FLAT_NAME, is_flat, is_flattened, mark_parts, stand_ins, stretch_of
 from lightning_efficient_init.sharding.fully_shard import offloaded, settle
 from lightning_efficient_init.sharding.part import Block, Part, Rows, Stretch
@@ -26,6 +32,7 @@ __all__ = [
     "Part",
     "Rows",
     "Stretch",
+    "copies_of",
     "give_local_memory",
     "has_parts",
     "is_dtensor",
@@ -64,6 +71,11 @@ def shape_of(tensor: Any) -> tuple[int, ...]:
     """The shape of the whole tensor of which ``tensor`` is this rank's part."""
     part = None if is_dtensor(tensor) else part_of(tensor)
     return tuple(tensor.shape) if part is None else part.shape
+
+
+def copies_of(tensor: Any) -> torch.distributed.ProcessGroup | None:
+    """The ranks that hold the same part of ``tensor``, if they are one axis of a mesh that is cut along another."""
+    return repeated_over(tensor) if is_dtensor(tensor) else None
 
 
 def is_sharded(tensor: Any) -> bool:

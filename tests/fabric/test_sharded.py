@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 
 import lightning as L
 import pytest
@@ -176,6 +177,49 @@ def test_each_rank_reads_its_part_and_no_more(tmp_path, engine, dim):
     torch.save(expected, tmp_path / "a.pth")
     for state in run_ranks(_bytes_read, 2, tmp_path / "a.pth", engine, dim):
         assert_equal_states(state, expected)
+
+
+def _repeat(model, mesh):
+    """Hybrid sharding: cut along one axis, and repeated along the other."""
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model:
+        fully_shard(layer, mesh=mesh["data_parallel", "tensor_parallel"])
+    return fully_shard(model, mesh=mesh["data_parallel", "tensor_parallel"])
+
+
+def _bytes_read_hybrid(rank, path):
+    fabric = fabric_of(4, EfficientFSDP2Strategy(_repeat, data_parallel_size=2, tensor_parallel_size=2))
+    with fabric.init_module(empty_init=True):
+        model = torch.nn.Sequential(*[torch.nn.Linear(512, 2048, bias=False) for _ in range(4)])
+    model = fabric.setup(model)
+    before = bytes_read()
+    report = load_checkpoint(model, path)
+    read = bytes_read() - before
+    state = whole_state(model._forward_module)
+
+    def use_up_files(key):
+        if rank == 3:  # when the file has been found to be in order, no more can be opened
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        return key
+
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    with pytest.raises(CheckpointError, match="Too many open files"):  # on all: also those with other parts than rank 3
+        load_checkpoint(model, path, key_map=use_up_files)
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    return state, read, report
+
+
+def test_what_one_axis_of_a_mesh_repeats_is_read_once(tmp_path):
+    expected = {f"{i}.weight": torch.randn(2048, 512) for i in range(4)}
+    torch.save(expected, tmp_path / "a.pth")
+    quarter = sum(value.nbytes for value in expected.values()) // 4
+    for state, read, report in run_ranks(_bytes_read_hybrid, 4, str(tmp_path / "a.pth")):
+        assert_equal_states(state, expected)
+        assert read <= 1.05 * quarter
+        assert report.num_bytes == pytest.approx(quarter, rel=0.001)  # cuts are on pages
+        assert sum(report.bytes_per_rank) == 4 * quarter
 
 
 def _fail(rank, path, engine):
