@@ -27,6 +27,7 @@ from lightning_efficient_init.deferred.materialize import (
 from lightning_efficient_init.deferred.recipe import Recipe, Ref, recipe_of
 from lightning_efficient_init.deferred.sharded import Windows, agree, evaluate_each, release, windows
 from lightning_efficient_init.errors import DeferredParameterError, shorten
+from lightning_efficient_init.rendezvous import exchange, is_alone
 from lightning_efficient_init.sharding import give_local_memory, is_dtensor, offloaded, part_of, settle
 
 Engine = Callable[[Module], Module]
@@ -94,8 +95,9 @@ def initialize_required(module: Module) -> None:
 
 def share_buffers(module: Module, group: Any = None) -> None:
     """Give all ranks rank 0's buffers, which may hold random numbers."""
-    if not distributed.is_initialized() or distributed.get_world_size(group) == 1:
+    if is_alone(group):
         return
+    exchange(None, group)
     source = distributed.get_global_rank(group, 0) if group is not None else 0
     for buffer in module.buffers():
         if buffer.numel() and not buffer.is_meta and not is_dtensor(buffer):
