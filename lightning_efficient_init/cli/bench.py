@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         written += draw(results, options.output, log=options.log)
     except UsageError as error:
-        out.print(f"No chart: {error}")
+        out.print(plain(f"No chart: {error}"))
     out.print()
     out.print(plain(f"Written: {', '.join(written)}"))
     return 130 if is_cut else 0
