@@ -15,7 +15,7 @@ import torch
 from torch import distributed
 from torch.nn import Module
 
-from lightning_efficient_init.deferred import audit
+from lightning_efficient_init.deferred import audit, kept
 from lightning_efficient_init.deferred.materialize import (
     allocate,
     give_bare_memory,
@@ -90,7 +90,8 @@ def initialize_required(module: Module) -> None:
     """Run the recipes of what nobody has written, but not of what `postponed_init` declared optional."""
     names = audit.uninitialized_parameters(module)
     params = dict(module.named_parameters())
-    initialize(module, [name for name in names if not audit.window_of(params[name]).recipe.is_optional])
+    recipes = {name: kept.recipe_of_empty(params[name]) for name in names}
+    initialize(module, [name for name, recipe in recipes.items() if recipe is not None and not recipe.is_optional])
 
 
 def share_buffers(module: Module, group: Any = None) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lightning_efficient_init.sharding.dtensor import (
+    ORDINARY,
     block_of,
     give_local_memory,
     is_dtensor,
@@ -40,7 +41,6 @@ __all__ = [
     "is_flat",
     "is_flattened",
     "is_partitioned",
-    "is_sharded",
     "like_part",
     "mark_parts",
     "offloaded",
@@ -58,6 +58,8 @@ __all__ = [
 
 def part_of(tensor: Any) -> Part | None:
     """The part of a tensor that this rank holds, None for one that is whole: a line for each engine."""
+    if type(tensor) in ORDINARY and not tensor.__dict__:
+        return None  # as nearly all, often very many: no engine has put a mark on it
     if is_dtensor(tensor):
         return block_of(tensor)
     if is_partitioned(tensor):
@@ -76,12 +78,6 @@ def shape_of(tensor: Any) -> tuple[int, ...]:
 def copies_of(tensor: Any) -> torch.distributed.ProcessGroup | None:
     """The ranks that hold the same part of ``tensor``, if they are one axis of a mesh that is cut along another."""
     return repeated_over(tensor) if is_dtensor(tensor) else None
-
-
-def is_sharded(tensor: Any) -> bool:
-    """Whether other ranks hold parts of ``tensor`` that this one lacks."""
-    part = part_of(tensor)
-    return part is not None and not part.is_whole
 
 
 def like_part(param: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
