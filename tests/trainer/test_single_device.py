@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from lightning_models import ADVICE, Regression, assert_equal_states, loader, quiet_trainer
@@ -219,3 +221,18 @@ def test_configure_model_builds_on_the_device_in_the_precision(checkpoint):
     model = Late(width=24)
     our_trainer("bf16-true").validate(model, loader(), verbose=False)
     assert model.late.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("strategy", ["efficient_init", "auto"])
+def test_an_average_of_weights_that_nobody_loaded_is_that_of_initialized_ones(strategy):
+    averaging = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging", reason="came with Lightning 2.6")
+    models = []
+    for trainer, empty in ((quiet_trainer, False), (our_trainer, True)):
+        options = {} if trainer is quiet_trainer else {"strategy": strategy}
+        torch.manual_seed(3)
+        made = trainer(max_epochs=2, callbacks=[averaging.EMAWeightAveraging(decay=0.9)], **options)
+        with made.init_module(empty_init=empty):
+            models.append(Regression())
+        with pytest.warns(UninitializedParameterWarning) if empty else contextlib.nullcontext():
+            made.fit(models[-1], loader(), loader())  # the sanity check swaps weights with their average
+    assert_equal_states(models[1].state_dict(), models[0].state_dict())
