@@ -17,7 +17,7 @@ import torch
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.core import saving
 
-from lightning_efficient_init.checkpoint import index_tree, lazy_tree
+from lightning_efficient_init.checkpoint import Seal, index_tree, lazy_tree
 from lightning_efficient_init.deferred import eager
 from lightning_efficient_init.errors import UnsupportedCheckpointError
 from lightning_efficient_init.load.tree import read_tree
@@ -49,7 +49,8 @@ def open_lightning_checkpoint(
                 "bare weights. Load it into a model with lightning_efficient_init.load_checkpoint(model, path)."
             )
         rest = {key: value for key, value in tree.items() if key not in LAZY_KEYS}
-        lazy = {key: lazy_tree(value, device) for key, value in tree.items() if key in LAZY_KEYS}
+        seal = Seal(found.files)
+        lazy = {key: lazy_tree(value, device, seal) for key, value in tree.items() if key in LAZY_KEYS}
         return {**read_tree(rest, torch.device("cpu")), **lazy}
 
 

@@ -8,6 +8,7 @@ One file per format (`torch_zip.py`, `torch_legacy.py`, `safetensors.py`, `huggi
 """
 
 from lightning_efficient_init.checkpoint.entry import Chunk, Entry
+from lightning_efficient_init.checkpoint.file import Seal
 from lightning_efficient_init.checkpoint.format import CheckpointFormat, CheckpointTree
 from lightning_efficient_init.checkpoint.index import FORMATS, CheckpointIndex, index_checkpoint, index_tree
 from lightning_efficient_init.checkpoint.lazy import LazyTensor, lazy_tree, read_entry
@@ -22,6 +23,7 @@ __all__ = [
     "Chunk",
     "Entry",
     "LazyTensor",
+    "Seal",
     "Weights",
     "index_checkpoint",
     "index_tree",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import tenacity
 
+from lightning_efficient_init.checkpoint.entry import Entry
 from lightning_efficient_init.checkpoint.wording import DOWNLOAD_AGAIN, explain
 from lightning_efficient_init.errors import (
     CheckpointNotFoundError,
@@ -22,6 +23,46 @@ _MAX_BYTES_PER_CALL: Final = 1 << 30  # Linux moves at most 2 GiB - 4 KiB in one
 _MAX_BUFFERS_PER_CALL: Final = 1024  # IOV_MAX
 _FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # never waits for a pipe or a device
 _HOPELESS: Final = (FileNotFoundError, NotADirectoryError, PermissionError)
+
+
+class Seal:
+    """Files as they are now, for whoever reads them later: another file may be at the path by then.
+
+    Args:
+        paths: Absolute paths.
+    """
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self._marks = {path: _mark(path) for path in paths}
+
+    def check(self, entry: Entry) -> None:
+        """Raise if a file that an entry is in has been exchanged or written to.
+
+        Raises:
+            CheckpointReadError: It has, or it is gone.
+        """
+        for part in [chunk.entry for chunk in entry.chunks] or [entry]:
+            self._check_file(part.file)
+
+    def _check_file(self, path: str) -> None:
+        if (found := _mark(path)) != self._marks.get(path, found):
+            raise CheckpointReadError(
+                explain(
+                    path,
+                    expected="the file as it was when it was loaded",
+                    found="another one" if found else "nothing at this path",
+                    todo="Read what you need of a checkpoint before its file is replaced, or load it again.",
+                )
+            )
+
+
+def _mark(path: str) -> tuple[int, ...] | None:
+    """What tells a file from its successor at the same path."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 class CheckpointFile:

@@ -21,7 +21,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_efficient_init.checkpoint.entry import Entry
-from lightning_efficient_init.checkpoint.file import CheckpointFile
+from lightning_efficient_init.checkpoint.file import CheckpointFile, Seal
 from lightning_efficient_init.checkpoint.tree import map_leaves
 
 # What these give out shares memory without sharing a version counter: nobody would know of a write.
@@ -99,14 +99,17 @@ class LazyTensor(torch.Tensor):
     Args:
         entry: The tensor in the file.
         device: Where operations find the real tensor.
+        seal: Of the file; without one nobody notices if another file takes its place.
     """
 
     _source: _Source
 
     @staticmethod
-    def __new__(cls: type[LazyTensor], entry: Entry, device: torch.device | str = "cpu") -> LazyTensor:
+    def __new__(
+        cls: type[LazyTensor], entry: Entry, device: torch.device | str = "cpu", seal: Seal | None = None
+    ) -> LazyTensor:
         """Makes one without memory."""
-        return cls._of(_Source(entry, torch.device(device)))
+        return cls._of(_Source(entry, torch.device(device), seal))
 
     @classmethod
     def _of(cls, source: _Source) -> LazyTensor:
@@ -120,7 +123,7 @@ class LazyTensor(torch.Tensor):
     @property
     def entry(self) -> Entry | None:
         """The tensor in the file; None once someone may have written to it, so that only `read` has its values."""
-        return None if self._source.is_written() else self._source.entry
+        return None if self._source.is_written() else self._source.sealed_entry()
 
     def read(self) -> torch.Tensor:
         """Gives the real tensor, on the device."""
@@ -161,15 +164,22 @@ class LazyTensor(torch.Tensor):
 class _Source:
     """Where the values of a `LazyTensor`, and of its detached twins, come from."""
 
-    def __init__(self, entry: Entry, device: torch.device) -> None:
+    def __init__(self, entry: Entry, device: torch.device, seal: Seal | None) -> None:
         self.entry = entry
         self.device = device
+        self._seal = seal
         self._kept: torch.Tensor | None = None
         self._version = 0
         self._escaped = False
 
     def read(self) -> torch.Tensor:
-        return read_entry(self.entry, self.device) if self._kept is None else self._kept
+        return read_entry(self.sealed_entry(), self.device) if self._kept is None else self._kept
+
+    def sealed_entry(self) -> Entry:
+        """The entry, if its file is still what it was."""
+        if self._seal is not None:
+            self._seal.check(self.entry)
+        return self.entry
 
     def keep(self, real: torch.Tensor, version: int) -> None:
         """From now on gives this memory, whose version was that when it held what is in the file."""
@@ -246,16 +256,21 @@ def _assemble(entry: Entry, device: torch.device | str) -> torch.Tensor:
     return whole.to(device)
 
 
-def lazy_tree(tree: Any, device: torch.device | str = "cpu") -> Any:
+def lazy_tree(tree: Any, device: torch.device | str = "cpu", seal: Seal | None = None) -> Any:
     """Copies a checkpoint's tree with a `LazyTensor` in place of every `Entry`; equal entries become one object.
 
     Tensors that only overlap in the file are read each on its own.
+
+    Args:
+        tree: The tree.
+        device: Where operations find real tensors.
+        seal: Of the checkpoint's files, which others may replace in the meantime.
     """
     made: dict[Entry, LazyTensor] = {}
 
     def make(entry: Entry, _: Any) -> LazyTensor:
         if entry not in made:
-            made[entry] = LazyTensor(entry, device)
+            made[entry] = LazyTensor(entry, device, seal)
         return made[entry]
 
     return map_leaves(tree, Entry, make)

@@ -168,7 +168,7 @@ def _as_tensor(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dic
 
 def _numpy(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A NumPy view of memory that is not there: a copy which refuses to be written."""
-    if not args[0].is_meta:
+    if not _has_no_memory(args[0]):
         recorder.expose(args[0])
         return func(*args, **kwargs)
     array = _on_values(recorder, func, args, kwargs)
@@ -176,8 +176,14 @@ def _numpy(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[st
     return array
 
 
+def _has_no_memory(tensor: torch.Tensor) -> bool:
+    """What ``tensor.is_meta`` is, also in a nested recording, where the next of these modes would deny it."""
+    with torch._C.DisableTorchFunction():
+        return tensor.is_meta
+
+
 def _address(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if args[0].is_meta:
+    if _has_no_memory(args[0]):
         raise refusal("data_ptr", "a deferred tensor has no memory")
     recorder.expose(args[0])
     return func(*args, **kwargs)

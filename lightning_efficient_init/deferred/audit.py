@@ -84,6 +84,21 @@ def unwritten(model: torch.nn.Module) -> tuple[list[str], list[str]]:
     return whole, part
 
 
+def empty_copies(model: torch.nn.Module, names: list[str]) -> list[torch.Tensor]:
+    """Deep copies outside of ``model`` of its parameters ``names``, made while they were empty, and still empty.
+
+    Had the parameters been initialized when they were made, these would have the same values. Code that swaps values
+    with a copy, as averages of weights do, relies on it.
+    """
+    with parameter.undisturbed():
+        params = dict(model.named_parameters())
+        own = {id(param) for param in params.values()}
+        copies = {id(c): c for name in names for c in kept.copies_of(params[name]) if id(c) not in own}
+        found = [(copy, memory) for copy in copies.values() if (memory := _marked(copy)) is not None]
+        shares = canary.intact([memory for _, memory in found])
+    return [copy for (copy, _), share in zip(found, shares, strict=True) if share == 1]
+
+
 def check_recipes(model: torch.nn.Module) -> None:
     """Raise for memory that nobody has written, and that nothing can initialize."""
     params = dict(model.named_parameters())

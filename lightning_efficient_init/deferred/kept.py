@@ -47,6 +47,14 @@ def window_of(tensor: torch.Tensor) -> Ref:
     return kept.ref
 
 
+def copies_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Deep copies of ``tensor``, and theirs, that were made while it was empty, live, and keep their recipe."""
+    kept = tensor.__dict__.get(_RECIPE)
+    copies = [] if kept is None else [made for ref in kept.copies if (made := ref()) is not None]
+    living = [made for made in copies if recipe_of_empty(made) is not None]
+    return [*living, *(further for made in living for further in copies_of(made))]
+
+
 def memory_of(tensor: torch.Tensor) -> torch.Tensor:
     """What there is of an allocated tensor in the memory of this rank, in whichever form."""
     recipe = recipe_of_empty(tensor)
@@ -57,13 +65,19 @@ def memory_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _Kept:
-    """The recipe of one tensor, and how that tensor is copied and pickled."""
+    """The recipe of one tensor, and how that tensor is copied and pickled.
 
-    __slots__ = ("_tensor", "ref")
+    Attributes:
+        ref: What the recipe has for the tensor.
+        copies: Deep copies of the tensor.
+    """
+
+    __slots__ = ("_tensor", "copies", "ref")
 
     def __init__(self, tensor: torch.Tensor, ref: Ref) -> None:
         self._tensor = weakref.ref(tensor)
         self.ref = ref
+        self.copies: tuple[weakref.ref[torch.Tensor], ...] = ()
 
     def deepcopy(self, memo: dict[int, Any]) -> Any:
         """The ``__deepcopy__`` of the tensor: a copy with the same recipe."""
@@ -72,6 +86,7 @@ class _Kept:
             with _unrecorded():
                 made = memo[id(tensor)] = type(tensor).__deepcopy__(tensor, memo)
             keep(made, self.ref)
+            self.copies = (*self.copies, weakref.ref(made))
         return memo[id(tensor)]
 
     def reduce(self, protocol: Any) -> Any:

@@ -137,10 +137,16 @@ def initialize(model: torch.nn.Module, names: Iterable[str] | None = None) -> li
         empty = [p for p in params.values() if kept.recipe_of_empty(p) is not None]
         done = [name for name, p in params.items() if has_recipe(p)]
         evaluate(deferred, deliver=lambda recipe, storage: parameter.give_memory(deferred[recipe], storage))
-        evaluate_each((kept.window_of(p), partial(audit.fill, p)) for p in {id(p): p for p in empty}.values())
-        refresh(empty)
+        fill_empty(empty)
         recurrent.flatten(layers)
     return done
+
+
+def fill_empty(tensors: Sequence[torch.Tensor]) -> None:
+    """Run the recipes of tensors that `allocate` gave memory."""
+    with parameter.undisturbed():
+        evaluate_each((kept.window_of(p), partial(audit.fill, p)) for p in {id(p): p for p in tensors}.values())
+        refresh(tensors)
 
 
 def seeds(model: torch.nn.Module) -> list[torch.Tensor]:

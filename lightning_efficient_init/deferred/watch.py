@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lightning_efficient_init.deferred import audit, kept
-from lightning_efficient_init.deferred.materialize import initialize
+from lightning_efficient_init.deferred.materialize import fill_empty, initialize
 from lightning_efficient_init.errors import shorten
 
 _MOST_NAMES = 10
@@ -22,7 +22,8 @@ def watch(model: torch.nn.Module) -> None:
     """At first use (a forward, or saving) initialize what nobody has written by then, with one warning.
 
     The hooks remove themselves. Loading between now and the first use is normal, and silent. A model in which every
-    parameter has been written for sure is left alone. A deep copy is watched on its own account.
+    parameter has been written for sure is left alone. A deep copy is watched on its own account; but what is still
+    empty in it when the model is initialized gets the same values.
     """
     if not audit.is_pending(model):
         return
@@ -96,7 +97,9 @@ def _is_lent(model: torch.nn.Module) -> bool:
 
 def _audit(model: torch.nn.Module) -> None:
     whole, part = audit.unwritten(model)
+    copies = audit.empty_copies(model, whole)
     initialize(model, whole)
+    fill_empty(copies)
     for param in model.parameters():
         kept.forget(param)
     messages = []

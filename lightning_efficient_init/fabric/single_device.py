@@ -15,7 +15,7 @@ class EfficientSingleDeviceStrategy(FollowsAcceleratorDevice, StreamsCheckpoints
     """One device, as ``Fabric(strategy="efficient_init")``: models are built in place and checkpoints stream.
 
     ``fabric.load_raw`` and ``fabric.load`` read every format that ``load_checkpoint`` does. What is not asked for, an
-    optimizer's state say, is not read; it comes back as lazy tensors that read themselves when used.
+    optimizer's state say, comes back in a dict that reads it when somebody takes it out.
 
     Args:
         device: The device; by default the accelerator's.

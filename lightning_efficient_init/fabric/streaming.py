@@ -14,7 +14,7 @@ from lightning.fabric.utilities.types import _PATH, _Stateful
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from lightning_efficient_init.checkpoint import CheckpointTree, index_tree, lazy_tree
+from lightning_efficient_init.checkpoint import CheckpointTree, Seal, index_tree
 from lightning_efficient_init.deferred import watch
 from lightning_efficient_init.init_context import init_context
 from lightning_efficient_init.lightning_checkpoint import is_streamable
@@ -22,14 +22,14 @@ from lightning_efficient_init.load.load import run_plan
 from lightning_efficient_init.load.pipeline import Settings
 from lightning_efficient_init.load.plan import plan_part
 from lightning_efficient_init.load.replicas import Replicas, agreed
-from lightning_efficient_init.load.tree import read_tree
+from lightning_efficient_init.load.tree import ReadWhenUsed, read_tree
 
 
 class StreamsCheckpoints(Strategy):
     """A strategy whose ``fabric.load_raw`` and ``fabric.load`` read every format that ``load_checkpoint`` does.
 
-    What is not asked for, an optimizer's state say, is not read; it comes back as lazy tensors that read themselves
-    when used. To be mixed into one of Lightning's strategies, before it.
+    What is not asked for, an optimizer's state say, comes back in a dict that reads it when somebody takes it out. To
+    be mixed into one of Lightning's strategies, before it.
     """
 
     @contextmanager
@@ -61,7 +61,7 @@ class StreamsCheckpoints(Strategy):
                 whatever code the file brings along.
 
         Returns:
-            What was not asked for; its tensors are lazy.
+            What was not asked for, as a dict that reads what is under a key when it is taken out.
         """
         if not self._is_streamed(path):
             kwargs = {} if weights_only is None else {"weights_only": weights_only}
@@ -107,7 +107,7 @@ class StreamsCheckpoints(Strategy):
                 obj.load_state_dict(value)
             else:
                 state[name] = value
-        return {name: lazy_tree(value, torch.device("cpu")) for name, value in tree.items() if name not in asked}
+        return ReadWhenUsed({name: value for name, value in tree.items() if name not in asked}, Seal(found.files))
 
     def _read_optimizer(self, tree: Any, optimizer: Optimizer, state: Mapping[str, Any], path: str) -> dict[str, Any]:
         """What ``optimizer`` can load of its saved state; ``state`` has the model, where that is known."""

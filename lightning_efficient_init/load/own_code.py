@@ -280,15 +280,29 @@ def _device_of(module: Module) -> torch.device | None:
     return next((tensor.device for tensor in _tensors(module)), None)
 
 
+def read_attributes(module: Module) -> None:
+    """Replace lazy tensors that code of the user has put into ``module``, as parameters or otherwise, by real ones."""
+    _read_attributes({submodule: _device_of(submodule) for submodule in module.modules()})
+
+
 def _read_attributes(devices: Mapping[Module, torch.device | None]) -> None:
     """Replace lazy tensors that modules' code has put into attributes, on the device where each module was."""
+    made: dict[LazyTensor, torch.Tensor] = {}
     for submodule, device in devices.items():
         for attributes in _attributes(submodule):
             for name, value in attributes.items():
-                if isinstance(value, LazyTensor | list | tuple) and any(
-                    isinstance(item, LazyTensor) for item in tree_leaves(value)
-                ):
-                    attributes[name] = map_leaves(value, LazyTensor, partial(_real, device))
+                if name not in _OWN_DICTS and _holds_lazy(value):
+                    attributes[name] = map_leaves(value, LazyTensor, partial(_real, made, device))
+
+
+_OWN_DICTS = ("_parameters", "_buffers", "_modules")  # which are looked through by themselves
+
+
+def _holds_lazy(value: Any) -> bool:
+    """Whether an attribute is a lazy tensor, or a list of some, or a state dict."""
+    if isinstance(value, dict):
+        return any(isinstance(item, LazyTensor) for item in value.values())
+    return isinstance(value, LazyTensor | list | tuple) and any(isinstance(i, LazyTensor) for i in tree_leaves(value))
 
 
 def _tensors(module: Module) -> Iterator[torch.Tensor]:
@@ -299,9 +313,13 @@ def _tensors(module: Module) -> Iterator[torch.Tensor]:
             )
 
 
-def _real(device: torch.device | None, lazy: LazyTensor, _: object) -> torch.Tensor:
-    real = lazy.read().to(device or lazy.device)
-    return Parameter(real, lazy.requires_grad) if isinstance(lazy, Parameter) else real
+def _real(
+    made: dict[LazyTensor, torch.Tensor], device: torch.device | None, lazy: LazyTensor, _: object
+) -> torch.Tensor:
+    if lazy not in made:  # a tie stays one
+        real = lazy.read().to(device or lazy.device)
+        made[lazy] = Parameter(real, lazy.requires_grad) if isinstance(lazy, Parameter) else real
+    return made[lazy]
 
 
 class _WithoutWarnings(warnings.catch_warnings):

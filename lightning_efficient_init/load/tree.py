@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
 
-from lightning_efficient_init.checkpoint import Entry, LazyTensor, map_leaves
+from lightning_efficient_init.checkpoint import Entry, LazyTensor, Seal, map_leaves
 from lightning_efficient_init.load.load import stream
 from lightning_efficient_init.load.pipeline import Settings
 from lightning_efficient_init.load.replicas import Replicas
@@ -48,3 +49,63 @@ def read_tree(
         sinks = [sink_for(name, tensors[entry], entry) for entry, name in names.items()]
         stream(sinks, settings or Settings(), meter, sharing)
     return result
+
+
+class ReadWhenUsed(dict[str, Any]):
+    """A part of a checkpoint: what is under a key is read when somebody takes it out, as real tensors.
+
+    Lazy tensors would not do: nobody expects to be given any, and parameters made of one, generators that take one for
+    their state, and C++ that wants memory find none.
+
+    Args:
+        tree: Key to nested containers with entries.
+        seal: Of the checkpoint's files.
+    """
+
+    def __init__(self, tree: Mapping[str, Any], seal: Seal) -> None:
+        super().__init__(tree)
+        self._seal = seal
+        self._unread = set(tree)
+
+    def __getitem__(self, key: str) -> Any:
+        if key in self._unread:
+            self[key] = read_tree(_sealed(super().__getitem__(key), self._seal), torch.device("cpu"))
+        return super().__getitem__(key)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        self._unread.discard(key)
+
+    def __delitem__(self, key: str) -> None:
+        super().__delitem__(key)
+        self._unread.discard(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return super().__iter__()  # one of its own: `dict(x)` and `{**x}` ask for each value then
+
+    def __or__(self, other: Any) -> Any:
+        return dict(self) | other
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+    def copy(self) -> dict[str, Any]:
+        """A plain dict; reads everything."""
+        return dict(self)
+
+
+for _name in ("get", "pop", "popitem", "setdefault", "items", "values", "__eq__"):
+    setattr(ReadWhenUsed, _name, getattr(MutableMapping, _name))  # in terms of `__getitem__`, as dict's are not
+
+
+def _sealed(tree: Any, seal: Seal) -> Any:
+    """The same tree, once it is sure that its files are still what they were."""
+
+    def check(entry: Entry, _: object) -> Entry:
+        seal.check(entry)
+        return entry
+
+    return map_leaves(tree, Entry, check)

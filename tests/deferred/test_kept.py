@@ -119,6 +119,26 @@ def test_the_deep_copy_of_a_watched_model_is_initialized_at_its_own_first_use(mo
         copied(ids)
 
 
+def test_what_is_empty_in_copies_is_initialized_together_with_the_model_that_they_were_made_of(models):
+    found, expected = models
+    watch(found)
+    average = copy.deepcopy(found)
+    others = [copy.deepcopy(average), copy.deepcopy(found.norm), copy.deepcopy(found)]
+    others[2].scale.data.fill_(3.0)
+    for one, other in zip(average.parameters(), found.parameters(), strict=True):
+        swapped = one.data.clone()
+        one.data.copy_(other.data)
+        other.data.copy_(swapped)
+    with pytest.warns(UninitializedParameterWarning, match="5 parameters") as caught:
+        found(torch.arange(5, device=expected.head.weight.device))
+    assert len(caught) == 1
+    assert others[2].scale == 3
+    others[2].scale.data.copy_(expected.scale)
+    for model in (found, average, others[0], others[2]):
+        assert_same(model, expected)
+    assert_same(others[1], expected.norm)
+
+
 def test_the_deep_copy_of_a_part_of_a_watched_model_leaves_the_rest_alone(models):
     found, expected = models
     watch(found)

@@ -269,6 +269,24 @@ def test_contexts_nest():
     assert not nn.Linear(2, 2).weight.is_meta
 
 
+def test_values_may_be_asked_for_in_a_nested_recording():
+    def build():
+        layer = nn.Linear(3, 4)
+        layer.array = layer.weight.detach().numpy().tolist()
+        layer.has_positive = bool((layer.weight > 0).any())
+        layer.sum = layer.weight.sum().item()
+        return layer
+
+    torch.manual_seed(3)
+    expected = build()
+    torch.manual_seed(3)
+    with deferred_init(), deferred_init():
+        found = build()
+    assert is_deferred(found)
+    assert (found.array, found.has_positive, found.sum) == (expected.array, expected.has_positive, expected.sum)
+    assert torch.equal(materialize(found).weight, expected.weight)
+
+
 def test_an_exception_restores_everything_and_leaves_the_generator_right():
     new = nn.Parameter.__dict__["__new__"]
     trunc = nn.init._no_grad_trunc_normal_

@@ -16,9 +16,8 @@ from lightning_efficient_init import (
     materialize,
     uninitialized_parameters,
 )
-from lightning_efficient_init.checkpoint import LazyTensor
 from lightning_efficient_init.deferred import UninitializedParameterWarning
-from lightning_efficient_init.errors import StateDictMismatchError
+from lightning_efficient_init.errors import CheckpointReadError, StateDictMismatchError
 from lightning_efficient_init.fabric import EfficientSingleDeviceStrategy
 
 
@@ -164,7 +163,7 @@ def test_load_restores_model_optimizer_and_counters(tmp_path, device):
             assert torch.equal(found[key], value)
 
 
-def test_what_is_not_asked_for_comes_back_lazy_and_is_not_read(tmp_path, bytes_read):
+def test_what_is_not_asked_for_is_read_when_it_is_taken_out(tmp_path, bytes_read):
     fabric = quiet_fabric()
     model, optimizer = trained(fabric, width=60_000)
     fabric.save(tmp_path / "a.ckpt", {"model": model, "optimizer": optimizer, "step": 4})
@@ -174,8 +173,41 @@ def test_what_is_not_asked_for_comes_back_lazy_and_is_not_read(tmp_path, bytes_r
     assert bytes_read() - before < 1.05 * weights + 200_000
     assert set(rest) == {"optimizer", "step"}
     moment = rest["optimizer"]["state"][0]["exp_avg"]
-    assert isinstance(moment, LazyTensor)
+    assert type(moment) is torch.Tensor
     assert torch.equal(moment, next(iter(optimizer.state.values()))["exp_avg"])
+
+
+def test_what_is_not_asked_for_serves_as_if_it_had_been_read(tmp_path):
+    fabric = quiet_fabric()
+    generator = torch.Generator().manual_seed(4)
+    model, optimizer = trained(fabric)
+    path = tmp_path / "a.ckpt"
+    fabric.save(path, {"model": model, "optimizer": optimizer, "ema": model, "random": generator.get_state()})
+    rest = fabric.load(path, {"optimizer": optimizer})
+    other = torch.Generator()
+    other.set_state(rest["random"])
+    assert torch.equal(torch.rand(3, generator=other), torch.rand(3, generator=generator))
+    average = Regression()
+    average.load_state_dict(rest["ema"], assign=True)
+    average.eval()(torch.ones(2, 8)).sum().backward()
+    assert type(average.scale) is nn.Parameter
+    assert_equal_states(average.state_dict(), model.state_dict())
+    assert average.scale.grad is not None
+
+
+def test_a_file_that_was_replaced_is_not_taken_for_the_one_that_was_loaded(tmp_path):
+    fabric = quiet_fabric()
+    model, optimizer = trained(fabric)
+    fabric.save(tmp_path / "a.ckpt", {"model": model, "optimizer": optimizer, "step": 4})
+    rest = fabric.load(tmp_path / "a.ckpt", {"model": model})
+    assert rest["step"] == 4
+    fabric.save(tmp_path / "a.ckpt", {"model": model, "optimizer": optimizer, "step": 5})
+    assert rest["step"] == 4
+    with pytest.raises(CheckpointReadError, match="expected the file as it was when it was loaded, found another one"):
+        rest["optimizer"]
+    (tmp_path / "a.ckpt").unlink()
+    with pytest.raises(CheckpointReadError, match="nothing at this path"):
+        rest.get("optimizer")
 
 
 def test_nothing_changes_unless_every_model_fits(tmp_path):

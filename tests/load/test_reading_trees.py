@@ -1,11 +1,15 @@
 """``read_tree``: optimizer states and other parts of a checkpoint as new tensors."""
 
+import copy
+import pickle
+
+import pytest
 import torch
 from torch import nn
 
-from lightning_efficient_init.checkpoint import index_tree, lazy_tree
+from lightning_efficient_init.checkpoint import Seal, index_tree, lazy_tree
 from lightning_efficient_init.load.pipeline import Settings
-from lightning_efficient_init.load.tree import read_tree
+from lightning_efficient_init.load.tree import ReadWhenUsed, read_tree
 
 
 def trained():
@@ -58,3 +62,55 @@ def test_lazy_tensors_that_were_edited_are_taken_as_they_are(tmp_path):
     assert found["a"].tolist() == [1, 5, 1]
     assert found["b"].tolist() == [1, 1]
     assert type(found["a"]) is type(found["b"]) is torch.Tensor
+
+
+def _take(rest):
+    taken, rest["c"] = rest.pop("a"), 1
+    return {"a": taken, **rest} | {"c": torch.ones(3)}
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        dict,
+        copy.copy,
+        copy.deepcopy,
+        lambda rest: {**rest},
+        lambda rest: rest | {},
+        lambda rest: {} | rest,
+        lambda rest: rest.copy(),
+        lambda rest: dict(rest.items()),
+        lambda rest: dict(zip(rest.keys(), rest.values(), strict=True)),
+        lambda rest: {key: rest.get(key) for key in rest},
+        lambda rest: {key: rest.setdefault(key, 0) for key in ("a", "b", "c")},
+        lambda rest: dict(rest.popitem() for _ in range(len(rest))),
+        lambda rest: pickle.loads(pickle.dumps(rest)),
+        _take,
+    ],
+)
+def test_a_dict_that_reads_when_used_is_used_like_any_other(use, tmp_path, bits):
+    expected = {"a": torch.randn(4), "b": [torch.randn(2), "text"], "c": torch.ones(3)}
+    torch.save(expected, tmp_path / "c.pt")
+    found = index_tree(tmp_path / "c.pt")
+    result = use(ReadWhenUsed(found.tree, Seal(found.files)))
+    assert type(result) is dict
+    assert result.keys() == expected.keys()
+    assert torch.equal(result["a"], expected["a"])
+    assert bits({"b": result["b"][0], "c": result["c"]}) == bits({"b": expected["b"][0], "c": expected["c"]})
+    assert result["b"][1] == "text"
+
+
+def test_a_dict_that_reads_when_used_reads_no_more_than_that(tmp_path, bytes_read):
+    torch.save({"a": torch.ones(50_000), "b": torch.ones(2)}, tmp_path / "c.pt")
+    found = index_tree(tmp_path / "c.pt")
+    rest = ReadWhenUsed(found.tree, Seal(found.files))
+    before = bytes_read()
+    assert rest["b"].tolist() == [1, 1]
+    assert "a" in rest
+    assert list(rest) == ["a", "b"]
+    assert len(rest) == 2
+    del rest["a"]
+    assert rest.get("a", 7) == 7
+    assert bytes_read() - before < 50_000
+    assert rest == {"b": rest["b"]}
+    assert repr(rest) == "{'b': tensor([1., 1.])}"

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from lightning_models import ADVICE, Regression, assert_equal_states, loader, quiet_trainer
 
 from lightning_efficient_init import EfficientInit, load_checkpoint, uninitialized_parameters
 from lightning_efficient_init.deferred import UninitializedParameterWarning
-from lightning_efficient_init.errors import UnsupportedCheckpointError
+from lightning_efficient_init.errors import CheckpointReadError, DeferredParameterError, UnsupportedCheckpointError
 from lightning_efficient_init.trainer import EfficientSingleDeviceStrategy
 
 pytestmark = ADVICE
@@ -97,6 +99,76 @@ def test_hooks_see_the_checkpoint_and_may_edit_it(checkpoint):
     assert_equal_states(model.state_dict(), expected)
 
 
+class TakesParameters(Regression):
+    def on_load_checkpoint(self, checkpoint):
+        self.scale = self.again = torch.nn.Parameter(checkpoint["state_dict"]["scale"])
+        self.net[3].load_state_dict({name: checkpoint["state_dict"][f"net.3.{name}"] for name in ("weight", "bias")})
+        self.net[0] = torch.nn.Linear(8, 24)
+        self.net[0].weight.data = checkpoint["state_dict"]["net.0.weight"].clone()
+        checkpoint["state_dict"]["again"] = checkpoint["state_dict"]["scale"]
+
+
+@pytest.mark.parametrize("strategy", ["efficient_init", "auto"])
+def test_hooks_may_make_parameters_of_what_is_in_the_checkpoint(checkpoint, strategy):
+    stock = quiet_trainer(max_epochs=2)
+    ours = our_trainer(max_epochs=2, strategy=strategy)
+    models = [TakesParameters(width=24), TakesParameters(width=24)]
+    for model, trainer in zip(models, [stock, ours], strict=True):
+        trainer.validate(model, loader(), ckpt_path=checkpoint, verbose=False)
+        torch.manual_seed(2)
+        trainer.fit(model, loader())
+    assert_equal_states(models[1].state_dict(), models[0].state_dict())
+    assert type(models[1].scale) is torch.nn.Parameter
+    assert models[1].scale is models[1].again
+    with our_trainer().init_module(empty_init=True):
+        model = TakesParameters.load_from_checkpoint(checkpoint)
+    assert type(model.scale) is torch.nn.Parameter
+    assert torch.equal(model.scale, torch.load(checkpoint)["state_dict"]["scale"])
+
+
+def test_a_parameter_whose_data_is_a_lazy_tensor_is_an_error_with_what_to_do(checkpoint):
+    class SetsData(Regression):
+        def on_load_checkpoint(self, checkpoint):
+            self.scale.data = checkpoint["state_dict"]["scale"]
+
+    with pytest.raises(DeferredParameterError, match=r"'scale': expected memory.*p\.data = x\.clone\(\)"):
+        our_trainer().validate(SetsData(width=24), loader(), ckpt_path=checkpoint, verbose=False)
+
+
+def test_what_a_module_keeps_of_a_checkpoint_is_real(checkpoint):
+    class Keeps(Regression):
+        def on_load_checkpoint(self, checkpoint):
+            self.kept = [checkpoint["state_dict"], checkpoint["state_dict"], checkpoint["state_dict"]["scale"]]
+            self.ema = checkpoint["state_dict"]
+
+    model = Keeps(width=24)
+    our_trainer().validate(model, loader(), ckpt_path=checkpoint, verbose=False)
+    expected = torch.load(checkpoint)["state_dict"]
+    checkpoint.unlink()
+    assert model.kept[0] is model.kept[1]
+    for state in (model.kept[0], model.ema):
+        assert {type(value) for value in state.values()} == {torch.Tensor}
+        assert_equal_states(state, expected)
+    assert torch.equal(model.kept[2], expected["scale"])
+
+
+def test_what_others_keep_is_not_read_from_another_file(checkpoint):
+    kept = []
+
+    class Hands(Regression):
+        def on_load_checkpoint(self, checkpoint):
+            kept.extend([checkpoint["state_dict"], checkpoint["state_dict"]["scale"].clone()])
+
+    our_trainer().validate(Hands(width=24), loader(), ckpt_path=checkpoint, verbose=False)
+    expected = torch.load(checkpoint)["state_dict"]["scale"]
+    lazy, copy = kept
+    assert torch.equal(lazy["scale"] + 0, expected)
+    torch.save(torch.load(checkpoint), checkpoint)
+    assert torch.equal(copy, expected)
+    with pytest.raises(CheckpointReadError, match="as it was when it was loaded, found another one"):
+        lazy["scale"] + 0
+
+
 def test_a_module_may_override_load_state_dict(checkpoint):
     class Renames(Regression):
         def load_state_dict(self, state_dict, strict=True, assign=False):
@@ -149,3 +221,18 @@ def test_configure_model_builds_on_the_device_in_the_precision(checkpoint):
     model = Late(width=24)
     our_trainer("bf16-true").validate(model, loader(), verbose=False)
     assert model.late.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("strategy", ["efficient_init", "auto"])
+def test_an_average_of_weights_that_nobody_loaded_is_that_of_initialized_ones(strategy):
+    averaging = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging", reason="came with Lightning 2.6")
+    models = []
+    for trainer, empty in ((quiet_trainer, False), (our_trainer, True)):
+        options = {} if trainer is quiet_trainer else {"strategy": strategy}
+        torch.manual_seed(3)
+        made = trainer(max_epochs=2, callbacks=[averaging.EMAWeightAveraging(decay=0.9)], **options)
+        with made.init_module(empty_init=empty):
+            models.append(Regression())
+        with pytest.warns(UninitializedParameterWarning) if empty else contextlib.nullcontext():
+            made.fit(models[-1], loader(), loader())  # the sanity check swaps weights with their average
+    assert_equal_states(models[1].state_dict(), models[0].state_dict())
