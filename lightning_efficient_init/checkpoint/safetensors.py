@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import struct
+from functools import lru_cache
 from operator import itemgetter
 from typing import Any, Final
 
@@ -76,7 +77,7 @@ def read_entries(file: CheckpointFile) -> dict[str, Entry]:
     header, data_offset = _read_header(file)
     header.pop("__metadata__", None)
     entries = {name: _entry(file, name, info, data_offset) for name, info in header.items()}
-    _check_packed(file, entries, data_offset)
+    _check_packed(file, header, data_offset)
     return entries
 
 
@@ -122,14 +123,14 @@ def _entry(file: CheckpointFile, name: str, info: Any, data_offset: int) -> Entr
     if not isinstance(info, dict) or not info.keys() >= _KEYS:
         raise _corrupt(file, "dtype, shape and data_offsets", show(info), name)
     shape, span = info["shape"], info["data_offsets"]
-    if not _are_sizes(shape) or not _are_sizes(span) or len(span) != 2:
+    sizes = _sizes(shape)
+    if sizes is None or not _is_span(span):
         raise _corrupt(
             file, "a shape and two offsets that are not negative", f"shape {show(shape)}, offsets {show(span)}", name
         )
     dtype = _dtype(file, name, info["dtype"])
     if info["dtype"] == "F4":
-        shape = _packed_in_pairs(file, name, shape)
-    sizes = tuple(shape)
+        sizes = _packed_in_pairs(file, name, sizes)
     strides = row_major(sizes)
     start, end = span
     num_bytes = layout_of(sizes, strides).numel * dtype.itemsize
@@ -155,30 +156,47 @@ def _dtype(file: CheckpointFile, name: str, dtype: Any) -> torch.dtype:
     return found
 
 
-def _packed_in_pairs(file: CheckpointFile, name: str, shape: list[int]) -> list[int]:
+def _packed_in_pairs(file: CheckpointFile, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Two 4-bit numbers share a byte, which is one element to torch; the header counts the numbers."""
     if not shape or shape[-1] % 2:
-        raise _corrupt(file, "an even number of 4-bit numbers in the last dimension", f"shape {shape}", name)
-    return [*shape[:-1], shape[-1] // 2]
+        raise _corrupt(file, "an even number of 4-bit numbers in the last dimension", f"shape {list(shape)}", name)
+    return (*shape[:-1], shape[-1] // 2)
 
 
-def _check_packed(file: CheckpointFile, entries: dict[str, Entry], data_offset: int) -> None:
+def _check_packed(file: CheckpointFile, header: dict[str, Any], data_offset: int) -> None:
     """The format knows no gaps and no overlaps: a byte that two tensors claim, or none, is a damaged header."""
-    end = data_offset
-    spans = [(entry.offset, entry.num_bytes, name) for name, entry in entries.items()]
-    for offset, num_bytes, name in sorted(spans, key=itemgetter(0, 1)):
-        if offset != end:
-            raise _corrupt(file, f"its first byte at {end}, after the tensor before it", f"at {offset}", name)
-        end += num_bytes
-    if end != file.num_bytes:
-        raise _corrupt(file, f"a file of {end} bytes, as its header says", f"{file.num_bytes} bytes")
+    end = 0
+    spans = [(info["data_offsets"], name) for name, info in header.items()]
+    for (start, stop), name in sorted(spans, key=itemgetter(0)):
+        if start != end:
+            expected = f"its first byte at {data_offset + end}, after the tensor before it"
+            raise _corrupt(file, expected, f"at {data_offset + start}", name)
+        end = stop
+    if data_offset + end != file.num_bytes:
+        raise _corrupt(file, f"a file of {data_offset + end} bytes, as its header says", f"{file.num_bytes} bytes")
 
 
-def _are_sizes(values: Any) -> bool:
-    """Whether these are integers that are not negative, and not too many."""
-    if not isinstance(values, list) or len(values) > _MAX_DIMS:
+def _sizes(shape: Any) -> tuple[int, ...] | None:
+    """The sizes of a shape; None if it is none."""
+    if not isinstance(shape, list) or len(shape) > _MAX_DIMS:
+        return None
+    try:
+        return _checked_sizes(*shape)
+    except TypeError:  # of a list or a dict among them, which has no hash
+        return None
+
+
+@lru_cache(maxsize=4096, typed=True)  # of many tensors, most have the shape of another one; 1, 1.0 and true differ
+def _checked_sizes(*sizes: Any) -> tuple[int, ...] | None:
+    return sizes if all(type(size) is int and 0 <= size <= _MAX_SIZE for size in sizes) else None
+
+
+def _is_span(span: Any) -> bool:
+    """Whether these are two offsets."""
+    if not isinstance(span, list) or len(span) != 2:
         return False
-    return not [value for value in values if type(value) is not int or not 0 <= value <= _MAX_SIZE]
+    start, end = span
+    return type(start) is type(end) is int and 0 <= start <= _MAX_SIZE and 0 <= end <= _MAX_SIZE
 
 
 def _corrupt(

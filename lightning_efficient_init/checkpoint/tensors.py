@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
@@ -36,23 +36,47 @@ class StoredStorage:
 
 
 @dataclass(slots=True)
-class StoredTensor:
-    """A tensor as the pickle describes it; nothing of it has been checked yet.
+class StoredLayout:
+    """Which elements of its storage a tensor is made of, as the pickle describes it.
+
+    Of many tensors most have the layout of another one: those may share it, and then its numbers are looked at once.
 
     Attributes:
-        storage: Where its elements are.
         offset: Storage offset, in elements.
         shape: Sizes, in elements.
         stride: Strides, in elements.
         dtype: Element type; the storage's where None.
+        numel: Number of elements.
+        reach: Elements from the start of the storage to the end of the last one. None if the numbers are no sizes, in
+            which case they are as they were found.
+    """
+
+    offset: Any
+    shape: Any
+    stride: Any
+    dtype: Any = None
+    numel: int = field(init=False, default=0)
+    reach: int | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.reach = _reach(self.shape, self.stride, self.offset)
+        if self.reach is not None:  # from here on nobody can change what has been looked at
+            self.shape, self.stride = tuple(self.shape), tuple(self.stride)
+            self.numel = math.prod(self.shape)
+
+
+@dataclass(slots=True)
+class StoredTensor:
+    """A tensor as the pickle describes it; whether its storage has its elements has not been checked yet.
+
+    Attributes:
+        storage: Where its elements are.
+        layout: Which of them.
         refusal: Why it cannot be an entry ("a sparse tensor"), or None.
     """
 
     storage: Any = None
-    offset: Any = 0
-    shape: Any = ()
-    stride: Any = ()
-    dtype: Any = None
+    layout: StoredLayout | None = None
     refusal: str | None = None
 
 
@@ -88,26 +112,23 @@ def _entry(tensor: StoredTensor, path: Path, file: str, locate: Callable[[Stored
                 todo="Save it as plain tensors, or take it out of the checkpoint.",
             )
         )
-    storage, shape, stride, offset = tensor.storage, tensor.shape, tensor.stride, tensor.offset
-    if type(storage) is not StoredStorage:
+    storage, layout = tensor.storage, tensor.layout
+    if type(storage) is not StoredStorage or layout is None:
         raise _corrupt(file, path, "a tensor with a storage", shorten(type(storage).__name__))
-    dtype = storage.dtype if tensor.dtype is None else tensor.dtype
+    dtype = storage.dtype if layout.dtype is None else layout.dtype
     if not isinstance(dtype, torch.dtype):
         raise _corrupt(file, path, "an element type", show(dtype))
-    reach = _reach(shape, stride, offset)
-    if reach is None:
-        found = f"shape {show(shape)}, stride {show(stride)}, offset {show(offset)}"
-        raise _corrupt(file, path, "sizes, strides and an offset that are not negative", found)
-    end_bytes = reach * dtype.itemsize
-    if end_bytes > storage.num_bytes or math.prod(shape) * dtype.itemsize > _MAX_SIZE:
-        raise _corrupt(
-            file,
-            path,
-            f"elements inside the storage {show(storage.key)} of {storage.num_bytes} bytes",
-            f"shape {show(shape)}, stride {show(stride)}, offset {offset} of {dtype}",
-        )
+    if layout.reach is None:
+        raise _corrupt(file, path, "sizes, strides and an offset that are not negative", _numbers(layout))
+    if layout.reach * dtype.itemsize > storage.num_bytes or layout.numel * dtype.itemsize > _MAX_SIZE:
+        inside = f"elements inside the storage {show(storage.key)} of {storage.num_bytes} bytes"
+        raise _corrupt(file, path, inside, f"{_numbers(layout)} of {dtype}")
     start = _locate(storage, path, file, locate)
-    return Entry(file, start + offset * dtype.itemsize, dtype, tuple(shape), tuple(stride))
+    return Entry(file, start + layout.offset * dtype.itemsize, dtype, layout.shape, layout.stride)
+
+
+def _numbers(layout: StoredLayout) -> str:
+    return f"shape {show(layout.shape)}, stride {show(layout.stride)}, offset {show(layout.offset)}"
 
 
 def _locate(storage: StoredStorage, path: Path, file: str, locate: Callable[[StoredStorage], int]) -> int:

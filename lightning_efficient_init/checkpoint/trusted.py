@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import torch
 
-from lightning_efficient_init.checkpoint.tensors import StoredStorage, StoredTensor
+from lightning_efficient_init.checkpoint.tensors import StoredLayout, StoredStorage, StoredTensor
 from lightning_efficient_init.checkpoint.tree import Path, map_leaves
 from lightning_efficient_init.checkpoint.unpickle import REFUSED, STORAGE_TYPES, stored_storage
 from lightning_efficient_init.checkpoint.wording import explain, shorten
@@ -85,7 +85,8 @@ class _TrustingUnpickler(pickle.Unpickler):
         stored = self._stored.get(tensor.untyped_storage()._cdata)
         if stored is None:
             return StoredTensor(refusal="a tensor that the file's own code has made")
-        return StoredTensor(stored, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+        layout = StoredLayout(tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+        return StoredTensor(stored, layout)
 
 
 def _refusal_of(tensor: torch.Tensor) -> str | None:

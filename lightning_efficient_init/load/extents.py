@@ -7,12 +7,15 @@ file, so that no element that is aligned in the file is torn apart.
 
 A segment of many short runs (a part of each row of a matrix) is not one of thousands of reads: a read may consist of
 rows, which a lane fetches one by one into consecutive memory, and nothing of what is between them.
+
+A read holds segments whose bytes are all its own: those that it was made for, or parts of one that it does not hold
+alone. Nearly all are the former, so that many small tensors cost no more objects here than they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import attrgetter
 
 from lightning_efficient_init.checkpoint import Entry
@@ -23,25 +26,15 @@ PAGE_BYTES = 4096
 _BY_POSITION = attrgetter("file", "offset")
 
 
-@dataclass(slots=True, eq=False)  # not frozen, like `Segment`: one for each tensor
-class Piece:
-    """The part of one read that belongs to one segment; all numbers are bytes."""
-
-    segment: Segment
-    start: int
-    segment_start: int
-    num_bytes: int
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Read:
-    """A run of bytes in a file, or rows of bytes, small enough for one buffer, and the pieces in it by position.
+    """A run of bytes in a file, or rows of bytes, small enough for one buffer, and what they are for by position.
 
     Attributes:
         file: Path of the file.
         offset: Position of the first byte.
         num_bytes: How many bytes are read.
-        pieces: What belongs to which segment.
+        segments: What its bytes are for; each is in it as a whole.
         row_bytes: Bytes of each row; 0 for one run.
         pitch_bytes: From the start of one row to the start of the next.
     """
@@ -49,16 +42,16 @@ class Read:
     file: str
     offset: int
     num_bytes: int
-    pieces: list[Piece] = field(default_factory=list)
+    segments: Sequence[Segment]
     row_bytes: int = 0
     pitch_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Run:
-    """Segments that touch, overlap, or lie less than a page apart, with the bytes of each."""
+    """Segments that touch, overlap, or lie less than a page apart."""
 
-    members: list[tuple[Segment, int]]
+    segments: list[Segment]
     offset: int
     end: int
 
@@ -92,7 +85,7 @@ def num_unique_bytes(entries: Iterable[Entry]) -> int:
 
 def _runs(ordered: Iterable[Segment]) -> Iterator[_Run]:
     """Group segments, which are in the order of their positions, and leave out empty ones."""
-    members: list[tuple[Segment, int]] = []
+    members: list[Segment] = []
     file, start, end = "", 0, 0
     for segment in ordered:
         num_bytes, offset = segment.num_bytes, segment.offset
@@ -103,34 +96,35 @@ def _runs(ordered: Iterable[Segment]) -> Iterator[_Run]:
             members = []
         if not members:
             file, start, end = segment.file, offset, offset
-        members.append((segment, num_bytes))
+        members.append(segment)
         end = max(end, offset + num_bytes)
     if members:
         yield _Run(members, start, end)
 
 
 def _cut(run: _Run, max_read_bytes: int) -> list[Read]:
-    """Cut one run into reads and give each segment its pieces."""
-    file, base = run.members[0][0].file, run.offset - run.offset % PAGE_BYTES
+    """Cut one run into reads, and what does not fit into one read with them."""
+    file, base = run.segments[0].file, run.offset - run.offset % PAGE_BYTES
+    if run.end - base <= max_read_bytes:
+        return [Read(file, run.offset, run.end - run.offset, run.segments)]
     starts = [run.offset, *range(base + max_read_bytes, run.end, max_read_bytes)]
-    reads = [Read(file, a, b - a) for a, b in zip(starts, [*starts[1:], run.end], strict=True)]
-    for segment, num_bytes in run.members:
-        start = segment.offset - base
-        first, last = start // max_read_bytes, (start + num_bytes - 1) // max_read_bytes
+    held: list[list[Segment]] = [[] for _ in starts]
+    for segment in run.segments:
+        first = (segment.offset - base) // max_read_bytes
+        last = (segment.offset + segment.num_bytes - 1 - base) // max_read_bytes
         if first == last:
-            read = reads[first]
-            read.pieces.append(Piece(segment, segment.offset - read.offset, 0, num_bytes))
+            held[first].append(segment)
         else:
-            _split(segment, num_bytes, reads[first : last + 1])
-    return reads
+            for number in range(first, last + 1):
+                held[number].append(_between(segment, starts[number], base + (number + 1) * max_read_bytes))
+    ends = [*starts[1:], run.end]
+    return [Read(file, a, b - a, segments) for a, b, segments in zip(starts, ends, held, strict=True)]
 
 
-def _split(segment: Segment, num_bytes: int, reads: Sequence[Read]) -> None:
-    """Give a segment that does not fit into one read its piece of each."""
-    for read in reads:
-        first = max(segment.offset, read.offset)
-        last = min(segment.offset + num_bytes, read.offset + read.num_bytes)
-        read.pieces.append(Piece(segment, first - read.offset, first - segment.offset, last - first))
+def _between(segment: Segment, start: int, end: int) -> Segment:
+    """The part of a segment that is between two positions in the file."""
+    first, last = max(segment.offset, start), min(segment.offset + segment.num_bytes, end)
+    return segment.cut(first, first - segment.offset, last - first)
 
 
 def _cut_rows(segment: Segment, max_read_bytes: int) -> Iterator[Read]:
@@ -139,13 +133,11 @@ def _cut_rows(segment: Segment, max_read_bytes: int) -> Iterator[Read]:
     most = max_read_bytes // row
     if most:
         for first in range(0, num_rows, most):
-            num_bytes = min(most, num_rows - first) * row
-            piece = Piece(segment, 0, first * row, num_bytes)
-            yield Read(segment.file, segment.offset + first * pitch, num_bytes, [piece], row, pitch)
+            offset, num_bytes = segment.offset + first * pitch, min(most, num_rows - first) * row
+            yield Read(segment.file, offset, num_bytes, [segment.cut(offset, first * row, num_bytes)], row, pitch)
         return
     step = max_read_bytes // segment.dtype.itemsize * segment.dtype.itemsize
     for number in range(num_rows):
         for start in range(0, row, step):
-            num_bytes = min(step, row - start)
-            piece = Piece(segment, 0, number * row + start, num_bytes)
-            yield Read(segment.file, segment.offset + number * pitch + start, num_bytes, [piece])
+            offset, num_bytes = segment.offset + number * pitch + start, min(step, row - start)
+            yield Read(segment.file, offset, num_bytes, [segment.cut(offset, number * row + start, num_bytes)])

@@ -14,17 +14,18 @@ from torch.nn import Module, Parameter
 
 from lightning_efficient_init.deferred import allocate, eager, forget, has_recipe, initialize, undisturbed
 from lightning_efficient_init.errors import CheckpointError, DeferredParameterError, shorten
+from lightning_efficient_init.garbage import collections_paused
 from lightning_efficient_init.load.bind import Binding, named_state
 from lightning_efficient_init.load.keys import KeyMap
 from lightning_efficient_init.load.mapping import map_entries
-from lightning_efficient_init.load.order import Pair, order_writes
+from lightning_efficient_init.load.order import Write, order_writes
 from lightning_efficient_init.load.pipeline import Batch, Settings, Transfer
 from lightning_efficient_init.load.plan import LoadPlan, plan_load
 from lightning_efficient_init.load.postponed import must_wait, postpone
 from lightning_efficient_init.load.replicas import Replicas, agreed, replicas_of
 from lightning_efficient_init.load.report import LoadReport, Meter
 from lightning_efficient_init.quantize import parts_of
-from lightning_efficient_init.sharding import is_sharded, part_of, refresh
+from lightning_efficient_init.sharding import part_of, refresh
 from lightning_efficient_init.sinks import Segment, Sink, sinks_for
 
 # Scratch memory on the device, together 128 MiB. Four batches keep a dozen threads busy while one is worked on.
@@ -83,7 +84,7 @@ def load_checkpoint(
     settings = Settings(host_buffer_bytes, num_threads)
     started = time.perf_counter()
     replicas = replicas_of(model)
-    with eager(), agreed(replicas):
+    with eager(), agreed(replicas), collections_paused():
         plan = plan_load(
             model, path, strict=strict, key_map=key_map, ignore_mismatched=ignore_mismatched, weights_only=weights_only
         )
@@ -133,17 +134,16 @@ def _write(
     with undisturbed():
         tensors = _with_memory(model, binding, names)
         writes = order_writes(tensors, binding)
-        pairs = [pair for wave in writes.waves for pair in wave]
+        all_writes = [write for wave in writes.waves for write in wave]
         if mmap:
-            map_entries(pairs)
+            map_entries(all_writes)
         else:
             sharing = replicas and replicas.confirm([_work(writes.waves), settings])
             for wave in writes.waves:
-                sharded = [pair for pair in wave if is_sharded(pair[1])]
-                stream(_sinks(sharded), settings, meter)
-                stream(_sinks(_others(wave, sharded)), settings, meter, sharing)
-        _note_writes([tensor for _, tensor, _ in pairs])
-        refresh(tensor for _, tensor, _ in pairs)
+                stream(_sinks(write for write in wave if write.is_sharded), settings, meter)
+                stream(_sinks(write for write in wave if not write.is_sharded), settings, meter, sharing)
+        _note_writes([write.tensor for write in all_writes])
+        refresh(write.tensor for write in all_writes if write.part is not None)
     with torch.inference_mode():  # which may write to inference tensors as well as to others
         for tensor, value in writes.values:
             _copy_value(tensor, value)
@@ -196,18 +196,13 @@ def _on_meta(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> list[
         return [name for name in names if tensors[name].is_meta]
 
 
-def _sinks(pairs: Iterable[Pair]) -> list[Sink]:
-    return [sink for pair in pairs for sink in sinks_for(*pair)]
+def _sinks(writes: Iterable[Write]) -> list[Sink]:
+    return [sink for write in writes for sink in sinks_for(write.name, write.tensor, write.entry, write.part)]
 
 
-def _others(pairs: Sequence[Pair], some: Sequence[Pair]) -> Sequence[Pair]:
-    names = {name for name, _, _ in some}
-    return [pair for pair in pairs if pair[0] not in names] if names else pairs
-
-
-def _work(turns: Sequence[Sequence[Pair]]) -> list[object]:
+def _work(waves: Sequence[Sequence[Write]]) -> list[object]:
     """What loading is about to do, to be compared between ranks."""
-    return [[(name, tensor.dtype, tensor.device.type, entry) for name, tensor, entry in pairs] for pairs in turns]
+    return [[(w.name, w.tensor.dtype, w.tensor.device.type, w.entry) for w in wave] for wave in waves]
 
 
 def stream(sinks: Sequence[Sink], settings: Settings, meter: Meter, replicas: Replicas | None = None) -> None:

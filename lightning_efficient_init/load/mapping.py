@@ -10,25 +10,24 @@ import torch
 
 from lightning_efficient_init.checkpoint import Entry
 from lightning_efficient_init.errors import CheckpointError, CheckpointReadError, CorruptCheckpointError
+from lightning_efficient_init.load.order import Write
 from lightning_efficient_init.sinks import PLAIN_TYPES
 
-Pairs = Sequence[tuple[str, torch.Tensor, Entry]]
 
-
-def map_entries(pairs: Pairs) -> None:
+def map_entries(writes: Sequence[Write]) -> None:
     """Let each tensor's memory be its entry's bytes in the file. The tensors keep their identity.
 
     Args:
-        pairs: Name, tensor and entry.
+        writes: The tensors, and the entry of each.
 
     Raises:
         CheckpointError: A tensor cannot be a mapping; nothing has changed.
     """
-    _refuse_unmappable(pairs)
+    _refuse_unmappable(writes)
     mappings = _Mappings()
-    views = [_view(mappings.storage(name, entry), tensor, entry) for name, tensor, entry in pairs]
-    for (_, tensor, _), view in zip(pairs, views, strict=True):
-        tensor.data = view
+    views = [_view(mappings.storage(write.name, write.entry), write.tensor, write.entry) for write in writes]
+    for write, view in zip(writes, views, strict=True):
+        write.tensor.data = view
 
 
 class _Mappings:
@@ -93,11 +92,11 @@ def _view(storage: torch.UntypedStorage, tensor: torch.Tensor, entry: Entry) -> 
     return torch.empty(0, dtype=entry.dtype, device="cpu").set_(storage, first, tensor.shape, tensor.stride())
 
 
-def _refuse_unmappable(pairs: Pairs) -> None:
-    reasons = [f"\n  {name}: {reason}" for name, tensor, entry in pairs if (reason := _obstacle(tensor, entry))]
+def _refuse_unmappable(writes: Sequence[Write]) -> None:
+    reasons = [f"\n  {w.name}: {reason}" for w in writes if (reason := _obstacle(w.tensor, w.entry))]
     if reasons:
         raise CheckpointError(
-            f"mmap=True: {len(reasons)} of {len(pairs)} tensors cannot be the file's own memory."
+            f"mmap=True: {len(reasons)} of {len(writes)} tensors cannot be the file's own memory."
             f"{''.join(reasons)}\nLoad with mmap=False, which copies them."
         )
 

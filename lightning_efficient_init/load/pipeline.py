@@ -45,7 +45,7 @@ import torch
 from lightning_efficient_init.checkpoint.file import CheckpointFile
 from lightning_efficient_init.cores import available_cores
 from lightning_efficient_init.errors import CheckpointError
-from lightning_efficient_init.load.extents import PAGE_BYTES, Piece, Read, plan_reads
+from lightning_efficient_init.load.extents import PAGE_BYTES, Read, plan_reads
 from lightning_efficient_init.sinks import Segment
 
 SLOT_BYTES = 8 << 20
@@ -53,7 +53,7 @@ MAX_THREADS = 12  # an H100 machine with 16 cores: 8 threads 25 GB/s, 12 and 16 
 SLOTS_PER_THREAD = 2
 MIN_HOST_BUFFER_BYTES = 64 << 10
 POLL_S = 0.02
-_MANY_PIECES = 8
+_MANY_SEGMENTS = 8
 _ALIGNMENT = 64  # no element is larger, and CUDA copies from here at full speed
 _HUGE_PAGE_BYTES = 2 << 20
 
@@ -71,6 +71,10 @@ class Settings:
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.host_buffer_bytes, int | float):
+            raise TypeError(f"host_buffer_bytes must be a number of bytes, found {self.host_buffer_bytes!r}.")
+        if not isinstance(self.num_threads, int | None):
+            raise TypeError(f"num_threads must be an integer or None, found {self.num_threads!r}.")
         if self.host_buffer_bytes < MIN_HOST_BUFFER_BYTES:
             raise ValueError(
                 f"host_buffer_bytes must be at least {MIN_HOST_BUFFER_BYTES} (64 KiB), found {self.host_buffer_bytes}."
@@ -147,9 +151,8 @@ class Batch:
 
     def names_touched(self) -> list[str]:
         """Names of the tensors that may have been written, wholly or in part."""
-        return list(
-            dict.fromkeys(piece.segment.name for read in self.reads[: self._num_taken] for piece in read.pieces)
-        )
+        taken = self.reads[: self._num_taken]
+        return list(dict.fromkeys(segment.name for read in taken for segment in read.segments))
 
 
 class Transfer:
@@ -334,21 +337,23 @@ class _Lane:
         """The memory of the parameters that ``read`` scatters into; None if several want the same bytes."""
         buffers: list[Any] = []
         position = 0
-        for piece in read.pieces:
-            if piece.start < position:
+        for segment in read.segments:
+            start, num_bytes = segment.offset - read.offset, segment.num_bytes
+            if start < position:
                 return None
-            if piece.start > position:
-                buffers.append(self._gap[: piece.start - position])
-            buffers.append(_memory(piece.segment.memory, piece.segment_start, piece.num_bytes))
-            position = piece.start + piece.num_bytes
+            if start > position:
+                buffers.append(self._gap[: start - position])
+            buffers.append(_memory(segment.memory, num_bytes))
+            position = start + num_bytes
         return buffers
 
     def _read_then_copy(self, read: Read) -> None:
         """Several segments want the same bytes: read them once, copy them to each."""
         buffer = torch.empty(read.num_bytes, dtype=torch.uint8)
-        self._fill([_memory(buffer, 0, read.num_bytes)], read)
-        for piece in read.pieces:
-            _copy(buffer[piece.start : piece.start + piece.num_bytes], piece, non_blocking=False)
+        self._fill([_memory(buffer, read.num_bytes)], read)
+        for segment in read.segments:
+            start = segment.offset - read.offset
+            _copy(buffer[start : start + segment.num_bytes], segment, non_blocking=False)
 
     def _fill(self, buffers: Sequence[Any], read: Read) -> None:
         """Read all of ``read`` into ``buffers``; rows go into one."""
@@ -358,8 +363,7 @@ class _Lane:
         if read.row_bytes:
             whole, row = memoryview(buffers[0]).cast("B"), read.row_bytes
             buffers = [whole[start : start + row] for start in range(0, read.num_bytes, row)]
-        name = read.pieces[0].segment.name
-        self._file.fill(buffers, read.offset, tensor=name, pitch_bytes=read.pitch_bytes)
+        self._file.fill(buffers, read.offset, tensor=read.segments[0].name, pitch_bytes=read.pitch_bytes)
 
     def _close(self) -> None:
         if self._file is not None:
@@ -378,21 +382,22 @@ class _StagedLane(_Lane):
 
     def load(self, read: Read) -> None:
         """Read into the slot whose turn it is, from where elements are as aligned as they are in the file."""
-        if self._device.type == "cpu" and all(piece.segment.is_raw for piece in read.pieces):
+        if self._device.type == "cpu" and all(segment.is_raw for segment in read.segments):
             super().load(read)  # straight to where it belongs
             return
         self._turn = (self._turn + 1) % SLOTS_PER_THREAD
         slot, start = self._slots[self._turn], 0 if read.row_bytes else read.offset % PAGE_BYTES
         self._wait_for_slot()
         self._fill([slot.memory(start, read.num_bytes)], read)
-        if len(read.pieces) < _MANY_PIECES:
-            for piece in read.pieces:
-                _copy(slot.view(start + piece.start, piece.num_bytes), piece, non_blocking=True)
+        if len(read.segments) < _MANY_SEGMENTS:
+            for segment in read.segments:
+                raw = slot.view(start + segment.offset - read.offset, segment.num_bytes)
+                _copy(raw, segment, non_blocking=True)
         else:
             lead = start % _ALIGNMENT
             num_bytes = -(-(lead + read.num_bytes) // _ALIGNMENT) * _ALIGNMENT
             raw = slot.view(start - lead, num_bytes).to(self._device, non_blocking=True)
-            _distribute(raw, lead, read.pieces)
+            _distribute(raw, read.offset - lead, read.segments)
         self._release_slot()
         self.bytes_read += read.num_bytes
 
@@ -448,42 +453,38 @@ def _lane(device: torch.device, ring: _Ring, number: int) -> _Lane:
     return _StagedLane(device, *ring.part(number))
 
 
-def _copy(raw: torch.Tensor, piece: Piece, *, non_blocking: bool) -> None:
-    """Copy one piece, bytes on the host or on the device, to its segment's destination."""
-    segment = piece.segment
+def _copy(raw: torch.Tensor, segment: Segment, *, non_blocking: bool) -> None:
+    """Copy the bytes of a segment, on the host or on the device, to its destination."""
     if segment.is_raw:
-        dest = segment.dest.view(torch.uint8)[piece.segment_start : piece.segment_start + piece.num_bytes]
-        dest.copy_(raw, non_blocking=non_blocking)
+        segment.dest.view(torch.uint8).copy_(raw, non_blocking=non_blocking)
     else:
-        dest = _destination(piece)
-        dest.copy_(raw.to(dest.device, non_blocking=non_blocking).view(segment.dtype))
+        segment.dest.copy_(raw.to(segment.device, non_blocking=non_blocking).view(segment.dtype))
 
 
-def _distribute(raw: torch.Tensor, lead: int, pieces: Sequence[Piece]) -> None:
-    """Copy many pieces out of bytes that are on their device already, with one operation for all of a kind.
+def _distribute(raw: torch.Tensor, offset: int, segments: Sequence[Segment]) -> None:
+    """Copy many segments out of bytes that are on their device already, with one operation for all of a kind.
 
     Args:
         raw: The bytes of a read, as aligned as they are in the file.
-        lead: Where in ``raw`` the read starts.
-        pieces: The parts of the read.
+        offset: The position in the file at which ``raw`` would start.
+        segments: What is in the read.
     """
-    kinds: dict[tuple[torch.dtype, torch.dtype], list[Piece]] = defaultdict(list)
-    for piece in pieces:
-        segment = piece.segment
+    kinds: dict[tuple[torch.dtype, torch.dtype], list[Segment]] = defaultdict(list)
+    for segment in segments:
         if segment.offset % segment.dtype.itemsize:
-            _copy(raw[lead + piece.start : lead + piece.start + piece.num_bytes], piece, non_blocking=True)
+            start = segment.offset - offset
+            _copy(raw[start : start + segment.num_bytes], segment, non_blocking=True)
         else:
-            kinds[segment.dtype, segment.memory.dtype].append(piece)
+            kinds[segment.dtype, segment.memory.dtype].append(segment)
     for (dtype, _), members in kinds.items():
-        sources = _windows(raw.view(dtype), lead, members)
-        torch._foreach_copy_([_destination(piece) for piece in members], sources)
+        torch._foreach_copy_([segment.dest for segment in members], _windows(raw.view(dtype), offset, members))
 
 
-def _windows(typed: torch.Tensor, lead: int, pieces: Sequence[Piece]) -> list[torch.Tensor]:
-    """What each piece is in ``typed``: cut in one go if they do not overlap."""
+def _windows(typed: torch.Tensor, offset: int, segments: Sequence[Segment]) -> list[torch.Tensor]:
+    """What each segment is in ``typed``: cut in one go if they do not overlap."""
     itemsize = typed.dtype.itemsize
-    spans = [((lead + piece.start) // itemsize, piece.num_bytes // itemsize) for piece in pieces]
-    if not _is_disjoint(pieces):
+    spans = [((segment.offset - offset) // itemsize, segment.num_bytes // itemsize) for segment in segments]
+    if not _are_disjoint(segments):
         return [typed.narrow(0, start, length) for start, length in spans]
     sizes, position = [], 0
     for start, length in spans:
@@ -492,19 +493,11 @@ def _windows(typed: torch.Tensor, lead: int, pieces: Sequence[Piece]) -> list[to
     return list(typed.split([*sizes, len(typed) - position])[1::2])
 
 
-def _destination(piece: Piece) -> torch.Tensor:
-    """The elements that a piece is for."""
-    dest, itemsize = piece.segment.dest, piece.segment.dtype.itemsize
-    if piece.num_bytes == piece.segment.num_bytes:
-        return dest
-    return dest.narrow(0, piece.segment_start // itemsize, piece.num_bytes // itemsize)
+def _are_disjoint(segments: Sequence[Segment]) -> bool:
+    """Whether no byte belongs to two of the segments, which are in order."""
+    return all(a.offset + a.num_bytes <= b.offset for a, b in itertools.pairwise(segments))
 
 
-def _is_disjoint(pieces: Sequence[Piece]) -> bool:
-    """Whether no byte belongs to two of the pieces, which are in the order of their segments."""
-    return all(a.start + a.num_bytes <= b.start for a, b in itertools.pairwise(pieces))
-
-
-def _memory(tensor: torch.Tensor, start: int, num_bytes: int) -> ctypes.Array[ctypes.c_char]:
+def _memory(tensor: torch.Tensor, num_bytes: int) -> ctypes.Array[ctypes.c_char]:
     """A contiguous CPU tensor's bytes, for ``preadv``. The tensor must outlive it."""
-    return (ctypes.c_char * num_bytes).from_address(tensor.data_ptr() + start)
+    return (ctypes.c_char * num_bytes).from_address(tensor.data_ptr())

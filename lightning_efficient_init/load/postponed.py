@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import torch
 from torch.nn import Module
 
 from lightning_efficient_init.deferred import claim, is_postponed
@@ -38,7 +39,9 @@ _waiting: weakref.WeakKeyDictionary[Module, list[_Waiting]] = weakref.WeakKeyDic
 
 def must_wait(plan: LoadPlan) -> bool:
     """Whether the module that ``plan`` is for has yet to be sharded."""
-    return any(is_postponed(plan.binding.tensors[name]) for name in _names(plan.binding))
+    tensors = (plan.binding.tensors[name] for name in _names(plan.binding))
+    with torch._C.DisableTorchFunction():  # while construction is recorded, a deferred tensor hides where it is
+        return any(is_postponed(tensor) for tensor in tensors if tensor.is_meta)
 
 
 def postpone(plan: LoadPlan, settings: Settings, *, mmap: bool = False) -> LoadReport:

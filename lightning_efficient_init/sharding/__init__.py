@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lightning_efficient_init.sharding.dtensor import block_of, give_local_memory, is_dtensor, like_dtensor
+from lightning_efficient_init.sharding.dtensor import ORDINARY, block_of, give_local_memory, is_dtensor, like_dtensor
 from lightning_efficient_init.sharding.fsdp import FLAT_NAME, is_flattened, mark_parts, stand_ins, stretch_of
 from lightning_efficient_init.sharding.fully_shard import offloaded, settle
 from lightning_efficient_init.sharding.part import Block, Part, Rows, Stretch
@@ -31,7 +31,6 @@ __all__ = [
     "is_engine",
     "is_flattened",
     "is_partitioned",
-    "is_sharded",
     "like_part",
     "mark_parts",
     "offloaded",
@@ -48,6 +47,8 @@ __all__ = [
 
 def part_of(tensor: Any) -> Part | None:
     """The part of a tensor that this rank holds, None for one that is whole: a line for each engine."""
+    if type(tensor) in ORDINARY and not tensor.__dict__:
+        return None  # as nearly all, often very many: no engine has put a mark on it
     if is_dtensor(tensor):
         return block_of(tensor)
     if is_partitioned(tensor):
@@ -61,12 +62,6 @@ def shape_of(tensor: Any) -> tuple[int, ...]:
     """The shape of the whole tensor of which ``tensor`` is this rank's part."""
     part = None if is_dtensor(tensor) else part_of(tensor)
     return tuple(tensor.shape) if part is None else part.shape
-
-
-def is_sharded(tensor: Any) -> bool:
-    """Whether other ranks hold parts of ``tensor`` that this one lacks."""
-    part = part_of(tensor)
-    return part is not None and not part.is_whole
 
 
 def like_part(param: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

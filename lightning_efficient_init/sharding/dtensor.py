@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-_ORDINARY = (torch.Tensor, torch.nn.Parameter)
+ORDINARY = (torch.Tensor, torch.nn.Parameter)
 
 
 def is_dtensor(tensor: Any) -> TypeGuard[DTensor]:
     """Whether ``tensor`` is a DTensor, without importing them for nothing."""
-    if type(tensor) in _ORDINARY:  # to find that an attribute is missing takes longer
+    if type(tensor) in ORDINARY:  # to find that an attribute is missing takes longer
         return False
     return hasattr(tensor, "_local_tensor") and hasattr(tensor, "_spec")
 

@@ -13,24 +13,27 @@ from lightning_efficient_init.sharding import Part, part_of, whole_part
 from lightning_efficient_init.sinks.bitsandbytes import quantizing_sinks
 from lightning_efficient_init.sinks.chunks import ChunkSink
 from lightning_efficient_init.sinks.part import PartSink
-from lightning_efficient_init.sinks.plain import PlainSink
+from lightning_efficient_init.sinks.plain import plain_sink
 from lightning_efficient_init.sinks.sink import Sink
 
 
-def sinks_for(name: str, tensor: torch.Tensor, entry: Entry) -> Sequence[Sink]:
-    """The sinks, one for each part, that fill ``tensor``, called ``name`` in the model, from ``entry``."""
+def sinks_for(name: str, tensor: torch.Tensor, entry: Entry, part: Part | None) -> Sequence[Sink]:
+    """The sinks that fill ``tensor``, called ``name`` in the model, or this rank's ``part`` of it, from ``entry``."""
     if isinstance(tensor, QuantizedParameter) and entry.dtype.is_floating_point:
         return quantizing_sinks(name, tensor, entry)
-    return (sink_for(name, tensor, entry),)
+    return (_sink(name, tensor, entry, part),)
 
 
 def sink_for(name: str, tensor: torch.Tensor, entry: Entry) -> Sink:
     """The sink that fills ``tensor``, called ``name`` in the model, from ``entry``, if one does."""
+    return _sink(name, tensor, entry, part_of(tensor))
+
+
+def _sink(name: str, tensor: torch.Tensor, entry: Entry, part: Part | None) -> Sink:
     if isinstance(tensor, QuantizedParameter):
-        return PlainSink(name, plain(tensor), entry)  # it was quantized before
-    part = part_of(tensor)
+        return plain_sink(name, plain(tensor), entry)  # it was quantized before
     if part is None and not entry.chunks:
-        return PlainSink(name, tensor, entry)
+        return plain_sink(name, tensor, entry)
     return sink_for_part(name, whole_part(tensor) if part is None else part, entry)
 
 

@@ -1,4 +1,9 @@
-"""Parameters and buffers that are ordinary tensors, on any one device."""
+"""Parameters and buffers that are ordinary tensors, on any one device.
+
+Bytes go straight to a tensor's memory where the entry and the tensor are both contiguous (they are cast chunk by chunk
+if the dtypes differ): a `Segment` is all that this takes. Anything else (a transposed view in the checkpoint, an
+expanded or subclassed tensor in the model) arrives in scratch memory on the device and is copied from there.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +13,26 @@ import torch
 from torch.nn import Buffer, Parameter
 
 from lightning_efficient_init.checkpoint import Entry
-from lightning_efficient_init.sinks.sink import Segment
+from lightning_efficient_init.sinks.sink import Segment, Sink
 
 PLAIN_TYPES = (torch.Tensor, Parameter, Buffer)
 
 
-class PlainSink:
-    """Fills one tensor in place, as ``tensor.copy_(value)`` would.
+def plain_sink(name: str, tensor: torch.Tensor, entry: Entry) -> Sink:
+    """The sink that fills one tensor in place, as ``tensor.copy_(value)`` would.
 
-    Bytes go straight to the tensor's memory where the entry and the tensor are both contiguous (they are cast chunk
-    by chunk if the dtypes differ). Anything else (a transposed view in the checkpoint, an expanded or subclassed
-    tensor in the model) arrives in scratch memory on the device and is copied from there.
+    Args:
+        name: The model's name for the tensor.
+        tensor: The tensor to fill; it may be on the meta device until something is read.
+        entry: What to fill it from; of the tensor's shape, or of one element for a scalar.
+    """
+    if _is_direct(tensor, entry):
+        return Segment(entry.file, entry.offset, entry.dtype, tensor, name)
+    return ScratchSink(name, tensor, entry)
+
+
+class ScratchSink:
+    """Fills one tensor from scratch memory, in which the entry's whole extent arrives.
 
     Args:
         name: The model's name for the tensor.
@@ -26,13 +40,12 @@ class PlainSink:
         entry: What to fill it from; of the tensor's shape, or of one element for a scalar.
     """
 
-    __slots__ = ("_scratch", "entry", "is_direct", "name", "tensor")
+    __slots__ = ("_scratch", "entry", "name", "tensor")
 
     def __init__(self, name: str, tensor: torch.Tensor, entry: Entry) -> None:
         self.name = name
         self.tensor = tensor
         self.entry = entry
-        self.is_direct = _is_direct(tensor, entry)
         self._scratch: torch.Tensor | None = None
 
     @property
@@ -42,23 +55,19 @@ class PlainSink:
 
     @property
     def scratch_bytes(self) -> int:
-        """The entry's extent if the tensor cannot be filled directly, else 0."""
-        return 0 if self.is_direct else self.entry.extent_bytes
+        """The entry's extent."""
+        return self.entry.extent_bytes
 
     def segments(self) -> Sequence[Segment]:
         """One segment: the entry's whole extent."""
         entry = self.entry
         if entry.numel == 0:
             return ()
-        if self.is_direct:
-            dest = self.tensor
-        else:
-            numel = entry.extent_bytes // entry.dtype.itemsize
-            dest = self._scratch = torch.empty(numel, dtype=entry.dtype, device=self.device)
-        return (Segment(entry.file, entry.offset, entry.dtype, dest, self.name),)
+        self._scratch = torch.empty(entry.extent_bytes // entry.dtype.itemsize, dtype=entry.dtype, device=self.device)
+        return (Segment(entry.file, entry.offset, entry.dtype, self._scratch, self.name),)
 
     def finish(self) -> None:
-        """Copies from the scratch, if there was any, and lets it go."""
+        """Copies from the scratch, and lets it go."""
         if self._scratch is not None:
             with torch.inference_mode():  # which may write to inference tensors as well as to others
                 value = self._scratch.as_strided(self.entry.shape, self.entry.stride)

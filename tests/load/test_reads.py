@@ -16,18 +16,18 @@ from lightning_efficient_init import load_checkpoint, plan_load
 from lightning_efficient_init.checkpoint import index_checkpoint
 from lightning_efficient_init.load.extents import PAGE_BYTES, num_unique_bytes, plan_reads
 from lightning_efficient_init.load.pipeline import SLOT_BYTES
-from lightning_efficient_init.sinks import PlainSink, Segment
+from lightning_efficient_init.sinks import Segment, plain_sink
 
 
 @st.composite
 def segments(draw):
-    """Segments in up to two files, anywhere, of any sizes, overlapping or not."""
+    """Segments in up to two files, anywhere, of any sizes, overlapping or not; elements tell their place in memory."""
     dtype = draw(st.sampled_from([torch.uint8, torch.float16, torch.float64]))
     position = st.one_of(st.integers(0, 200), st.integers(0, 100_000))
     size = st.one_of(st.integers(0, 20), st.integers(0, 20_000))
     spans = draw(st.lists(st.tuples(st.sampled_from("ab"), position, size), max_size=30))
     return [
-        Segment(file, start, dtype, torch.empty(numel, dtype=dtype, device="meta"), f"{number}")
+        Segment(file, start, dtype, torch.arange(numel * dtype.itemsize).to(torch.uint8).view(dtype), f"{number}")
         for number, (file, start, numel) in enumerate(spans)
     ]
 
@@ -36,23 +36,24 @@ def segments(draw):
 @given(segments(), st.sampled_from([PAGE_BYTES, 3 * PAGE_BYTES, 64 * PAGE_BYTES]))
 def test_reads_cover_every_segment_once_and_do_not_overlap(segments, max_read_bytes):
     reads = plan_reads(segments, max_read_bytes)
-    covered = {id(segment): [] for segment in segments}
+    covered = {segment.name: [] for segment in segments}
     for read in reads:
         assert 0 < read.num_bytes <= max_read_bytes + PAGE_BYTES
-        assert [piece.start for piece in read.pieces] == sorted(piece.start for piece in read.pieces)
-        for piece in read.pieces:
-            assert piece.segment.file == read.file
-            assert piece.num_bytes > 0
-            assert piece.start >= 0
-            assert piece.start + piece.num_bytes <= read.num_bytes
-            assert read.offset + piece.start == piece.segment.offset + piece.segment_start
-            covered[id(piece.segment)].append((piece.segment_start, piece.segment_start + piece.num_bytes))
+        assert [part.offset for part in read.segments] == sorted(part.offset for part in read.segments)
+        for part in read.segments:
+            assert part.file == read.file
+            assert part.num_bytes > 0
+            assert read.offset <= part.offset
+            assert part.offset + part.num_bytes <= read.offset + read.num_bytes
+            covered[part.name].append(part)
     for segment in segments:
-        position = 0
-        for start, end in sorted(covered[id(segment)]):
-            assert start == position
-            position = end
-        assert position == segment.num_bytes
+        position = segment.offset
+        for part in covered[segment.name]:
+            assert part.offset == position
+            assert part.memory.data_ptr() == segment.memory.data_ptr() + part.offset - segment.offset
+            assert part.dest.nbytes == part.num_bytes
+            position += part.num_bytes
+        assert position == segment.offset + segment.num_bytes
     for one, other in itertools.pairwise(reads):
         assert (one.file, one.offset + one.num_bytes) <= (other.file, other.offset) or one.file < other.file
 
@@ -61,21 +62,22 @@ def test_reads_cover_every_segment_once_and_do_not_overlap(segments, max_read_by
 @given(segments(), st.sampled_from([PAGE_BYTES, 64 * PAGE_BYTES]))
 def test_gaps_that_are_read_along_are_no_longer_than_a_page(segments, max_read_bytes):
     for read in plan_reads(segments, max_read_bytes):
-        position = 0
-        for piece in read.pieces:
-            assert piece.start - position <= PAGE_BYTES
-            position = max(position, piece.start + piece.num_bytes)
-        assert read.num_bytes - position <= PAGE_BYTES
+        position = read.offset
+        for part in read.segments:
+            assert part.offset - position <= PAGE_BYTES
+            position = max(position, part.offset + part.num_bytes)
+        assert read.offset + read.num_bytes - position <= PAGE_BYTES
 
 
 @settings(deadline=None)
 @given(segments(), st.sampled_from([PAGE_BYTES, 64 * PAGE_BYTES]))
 def test_no_element_that_is_aligned_in_the_file_is_torn_apart(segments, max_read_bytes):
+    whole = {segment.name: segment for segment in segments}
     for read in plan_reads(segments, max_read_bytes):
-        for piece in read.pieces:
-            itemsize = piece.segment.dtype.itemsize
-            if piece.segment.offset % itemsize == 0:
-                assert piece.segment_start % itemsize == piece.num_bytes % itemsize == 0
+        for part in read.segments:
+            if whole[part.name].offset % whole[part.name].dtype.itemsize == 0:
+                assert part.dtype is whole[part.name].dtype
+                assert part.offset % part.dtype.itemsize == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -86,7 +88,7 @@ def test_ten_thousand_small_tensors_take_few_reads(name, dtype, tmp_path, bits, 
     path = tmp_path / name
     torch.save(state, path) if name == "w.pt" else safetensors.torch.save_file(state, path)
     plan = plan_load(model, path)
-    parts = [s for name, e in plan.entries.items() for s in PlainSink(name, plan.binding.tensors[name], e).segments()]
+    parts = [s for name, e in plan.entries.items() for s in plain_sink(name, plan.binding.tensors[name], e).segments()]
     assert len(plan_reads(parts, SLOT_BYTES - PAGE_BYTES)) <= 2
     before = bytes_read(), reads_issued()
     load_checkpoint(model, path)
