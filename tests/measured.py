@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import warnings
@@ -13,6 +14,8 @@ from lightning.fabric.strategies import DeepSpeedStrategy
 from lightning_efficient_init import EfficientInit
 from lightning_efficient_init.memory import PeakMemory
 from lightning_efficient_init.model_names import constructor_of
+
+_M_MMAP_THRESHOLD = -3
 
 
 def bytes_read():
@@ -80,6 +83,7 @@ def load_on_rank(rank, strategy, world_size, path, optimizer=None):
     """
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)  # what is freed goes back to the system at once
     fabric = L.Fabric(accelerator="cpu", devices=world_size, strategy=strategy, precision="32-true")
     fabric.launch()
     # libraries that are imported at the first use are not what is measured
