@@ -34,7 +34,7 @@ import pickle
 import re
 import struct
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Final
@@ -52,6 +52,7 @@ from lightning_efficient_init.errors import (
 
 MAX_PICKLE_BYTES: Final = 1 << 29
 _MAX_INSTRUCTIONS: Final = 1 << 25  # a tensor takes about 30
+_MAX_ITEMS: Final = 1 << 23  # done in one step each
 _MAX_KEY_PARTS: Final = 64
 _BLOCKED_MODULES: Final = frozenset({"sys", "os", "posix", "nt"})
 
@@ -283,7 +284,8 @@ class SafeUnpickler:
 
     def _start(self, pos: int, *, skips: bool) -> None:
         self.pos = pos
-        self._skips = skips  # what `_run_call` may leave out
+        self._skips = skips  # what `_rebuild` may leave out
+        self._num_items = 0
         self._memo: dict[int, Any] = {}
         self._stack: list[Any] = []
         self._outer: list[list[Any]] = []
@@ -322,7 +324,7 @@ class SafeUnpickler:
 
         Eleven of the 28 instructions that describe a tensor are written out here, ordered by how often they come, and
         work on local variables; this halves the time. All others are methods, found in `_HANDLERS`. Nearly all items
-        of state dicts, as torch writes them, are taken in one step by `_run_item`, and other tensors by `_run_call`.
+        of state dicts, as torch writes them, are taken in one step by `_run_items`, and other tensors by `_run_call`.
         """
         data, memo, end = self._data + _PADDING, self._memo, len(self._data)
         pos, stack = self.pos, self._stack
@@ -376,25 +378,35 @@ class SafeUnpickler:
             )
         )
 
-    def _run_item(self, start: int, end: int) -> bool:
-        """Does in one step what puts an item of a dict on the stack; False if something else is there.
+    def _run_items(self, start: int, end: int) -> bool:
+        """Does, each in one step, what puts items of a dict on the stack; False if something else is there.
 
-        That is the text between ``start`` and ``end``, and the instructions of `_TENSOR_ITEM` or `_VERSION_ITEM`.
+        The first one begins with the text between ``start`` and ``end``.
         """
-        memo, data = self._memo, self._data
-        value: Any = None
-        if item := _TENSOR_ITEM.match(data, end):
-            name_put, function, *_ = groups = item.groups()
-            value = self._rebuild(groups[2:]) if memo[_number(function)] is _tensor_v2 else None
-        elif item := _VERSION_ITEM.match(data, end):
-            name_put, key, number = item.groups()
-            value = {memo[_number(key)]: _number(number)} if type(memo[_number(key)]) is str else None
-        if item is None or value is None:
-            return False
-        memo[_U32.unpack(name_put)[0]] = name = str(data[start:end], "utf-8", "surrogatepass")
-        self._stack += name, value
-        self.pos = item.end()
-        return True
+        data, first = self._data, start
+        while True:
+            item = (_TENSOR_ITEM.match(data, end) or _VERSION_ITEM.match(data, end)) if self._skips else None
+            value = None if item is None else self._value_of(item)
+            if item is None or value is None:
+                return start > first
+            self._memo[_U32.unpack(item[1])[0]] = name = str(data[start:end], "utf-8", "surrogatepass")
+            self._stack += name, value
+            self._num_items += 1
+            self._skips = self._num_items < _MAX_ITEMS  # after that, each instruction counts
+            self.pos = item.end()
+            start = self.pos + 5
+            if data[self.pos : self.pos + 1] != pickle.BINUNICODE:
+                return True
+            end = start + int.from_bytes(data[self.pos + 1 : start], "little")
+
+    def _value_of(self, item: re.Match[bytes]) -> Any:
+        """The tensor, or the module's version, that an item has; None if it is not what it looks like."""
+        memo = self._memo
+        if item.re is _TENSOR_ITEM:
+            _, function, *call = item.groups()
+            return self._rebuild(call) if memo[_number(function)] is _tensor_v2 else None
+        key = memo[_number(item[2])]
+        return {key: _number(item[3])} if type(key) is str else None
 
     def _run_call(self, pos: int) -> bool:
         """Does in one step what the instructions of `_CALL` do, which rebuild a tensor; False if there are others."""
@@ -405,7 +417,7 @@ class SafeUnpickler:
         self.pos = call.end()
         return True
 
-    def _rebuild(self, call: tuple[Any, ...]) -> StoredTensor | None:
+    def _rebuild(self, call: Sequence[Any]) -> StoredTensor | None:
         """Rebuilds a tensor from what varies in `_CALL`; None if its instructions are not what they look like.
 
         In one step it takes a third of the time. Of the seven values that go to the memo two can be asked for again in
@@ -445,7 +457,7 @@ class SafeUnpickler:
 
     def _push_text(self) -> None:
         num_bytes = _U32.unpack(self._take(4))[0]
-        if not (self._skips and self._run_item(self.pos, self.pos + num_bytes)):
+        if not self._run_items(self.pos, self.pos + num_bytes):
             self._push_sized_text(num_bytes)
 
     def _push_short_text(self) -> None:
