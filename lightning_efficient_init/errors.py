@@ -10,7 +10,7 @@
     │   └── StateDictMismatchError            (RuntimeError) its tensors do not fit the model
     ├── DeferredInitError                     (RuntimeError) deferred construction
     │   ├── UnrecordableError                 an operation that cannot be recorded exactly
-    │   └── DeferredParameterError            a parameter without memory was used as if it had some
+    │   └── DeferredParameterError            a parameter without memory, or without values, was used as if it had some
     ├── QuantizationError                     (ValueError) a model cannot be quantized as it was asked for
     └── UsageError                            (ValueError) what was asked of a plan or a benchmark cannot be done
 

@@ -1,9 +1,13 @@
-"""Real processes, one for each rank, as ``torchrun`` would start them."""
+"""Real processes, one for each rank, as ``torchrun`` would start them; and scripts that start their own."""
 
+import contextlib
+import faulthandler
 import importlib.util
 import multiprocessing
 import os
+import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -13,6 +17,7 @@ from pathlib import Path
 import torch
 
 _PRELOADED = ["torch", "torch.distributed.fsdp", "lightning", "pytest"]
+_OF_RANKS = {"MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "GROUP_RANK", "RANK", "LOCAL_RANK", "WORLD_SIZE"}
 
 
 def run_ranks(function, world_size, *args, timeout_s=120):
@@ -27,7 +32,8 @@ def run_ranks(function, world_size, *args, timeout_s=120):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
-        target = (function.__code__.co_filename, function.__qualname__, args, folder, world_size, _free_port())
+        code = function.__code__.co_filename, function.__qualname__
+        target = (*code, args, folder, world_size, _free_port(), timeout_s)
         processes = [context.Process(target=_run_rank, args=(rank, *target)) for rank in range(world_size)]
         for process in processes:
             process.start()
@@ -38,7 +44,7 @@ def run_ranks(function, world_size, *args, timeout_s=120):
         for process in processes:
             process.kill()
             process.join()
-        problems = [f"rank {rank} was still running after {timeout_s} s" for rank in hung]
+        problems = [f"rank {rank} was still running after {timeout_s} s\n{_read(folder, rank)}" for rank in hung]
         problems += [
             f"rank {rank} ended with exit code {process.exitcode}\n{_read(folder, rank)}"
             for rank, process in enumerate(processes)
@@ -53,7 +59,52 @@ class RanksFailedError(AssertionError):
     """Some ranks raised, died or hung."""
 
 
-def _run_rank(rank, file, name, args, folder, world_size, port):
+def run_script(command, environment, timeout_s):
+    """Run a program that may start others, and give what it has printed, on both streams.
+
+    What the environment of this process says of ranks is not handed on: a script that finds it takes itself for one of
+    several processes that somebody else has started, and waits for the others.
+
+    Raises:
+        RanksFailedError: It failed, or took too long; then with the stacks of all of its processes.
+    """
+    environment = {name: value for name, value in environment.items() if name not in _OF_RANKS}
+    with tempfile.TemporaryFile("w+") as printed:
+        process = subprocess.Popen(
+            command,
+            env={**environment, "PYTHONFAULTHANDLER": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        problem = _wait(process, timeout_s)
+        printed.seek(0)
+        if problem:
+            raise RanksFailedError(f"{' '.join(command)}\n{problem}\n{printed.read()}")
+        return printed.read()
+
+
+def _wait(process, timeout_s):
+    """What went wrong, if anything."""
+    try:
+        process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGABRT)  # Python's fault handler prints where each thread is
+        time.sleep(2)
+        _kill_all(process.pid)
+        process.wait()
+        return f"was still running after {timeout_s} s"
+    _kill_all(process.pid)
+    return f"ended with exit code {process.returncode}" if process.returncode else None
+
+
+def _kill_all(group):
+    with contextlib.suppress(ProcessLookupError):  # nobody is left
+        os.killpg(group, signal.SIGKILL)
+
+
+def _run_rank(rank, file, name, args, folder, world_size, port, timeout_s):
     size = str(world_size)
     os.environ.update(
         MASTER_ADDR="127.0.0.1",
@@ -66,15 +117,20 @@ def _run_rank(rank, file, name, args, folder, world_size, port):
         TORCHELASTIC_RUN_ID="tests",
     )
     torch.set_num_threads(1)
-    try:
-        result = getattr(_module(file), name)(rank, *args)
-        torch.save(result, Path(folder, f"{rank}.pt"))
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    except BaseException:
-        Path(folder, f"{rank}.txt").write_text(traceback.format_exc())
-        sys.stderr.flush()
-        os._exit(1)  # threads of a process group that others have left may never end
+    with Path(folder, f"{rank}.txt").open("w") as words:
+        faulthandler.dump_traceback_later(0.9 * timeout_s, file=words)
+        try:
+            result = getattr(_module(file), name)(rank, *args)
+            torch.save(result, Path(folder, f"{rank}.pt"))
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+        except BaseException:
+            words.write(traceback.format_exc())
+            words.flush()
+            sys.stderr.flush()
+            os._exit(1)  # threads of a process group that others have left may never end
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
 
 def _module(file):
@@ -87,7 +143,7 @@ def _module(file):
 
 def _read(folder, rank):
     path = Path(folder, f"{rank}.txt")
-    return path.read_text() if path.exists() else "without a word"
+    return (path.exists() and path.read_text()) or "without a word"
 
 
 def _free_port():

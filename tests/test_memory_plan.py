@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_efficient_init import deferred_init, plan_load
 from lightning_efficient_init.bench.llama import SIZES, LLaMA
-from lightning_efficient_init.bench.run import in_fresh_process
+from lightning_efficient_init.bench.processes import in_fresh_process
 from lightning_efficient_init.errors import StateDictMismatchError, UsageError
 from lightning_efficient_init.memory_plan import Question, answer, plan_memory, remedies
 from lightning_efficient_init.model_names import constructor_of

@@ -70,7 +70,7 @@ def _runai(files: list[str], device: torch.device) -> Iterator[tuple[str, Tensor
     from runai_model_streamer import SafetensorsStreamer  # noqa: PLC0415
 
     with SafetensorsStreamer() as streamer:
-        streamer.stream_files(files)
+        streamer.stream_files(files, device=str(device))
         yield from streamer.get_tensors()
 
 

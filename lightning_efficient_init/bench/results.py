@@ -23,9 +23,9 @@ _JUDGES = {
 }
 HEADINGS = (
     "way", "", "files", "total, s", "range", "build, s", "load, s", "GB/s", "of the limit", "device peak, GB",
-    "anonymous, GB", "mapped, GB", "ends on", "values",
+    "device end, GB", "anonymous, GB", "mapped, GB", "ends on", "values",
 )  # fmt: skip
-NUMBERS = HEADINGS[3:12]
+NUMBERS = HEADINGS[3:13]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,12 @@ class Line:
         """Median seconds to build, or None where that is one step with loading."""
         seconds = [row.build_s for row in self.rows if row.build_s is not None]
         return statistics.median(seconds) if seconds else None
+
+    def faster_than(self, other: Line) -> str:
+        """As "4.0 times as fast as mmap (loading alone: 5.1)"."""
+        kind = "the fastest peer, " if WAYS[other.way].group == "others" else ""
+        alone = "" if self.build_s is None or other.build_s is None else f" (load: {other.load_s / self.load_s:.2f})"
+        return f"{other.total_s / self.total_s:.2f} times as fast as {kind}{other.way}{alone}"
 
 
 @dataclass(slots=True)
@@ -127,6 +133,21 @@ class Results:
             _verdict(rows),
         ]
 
+    def comparisons(self) -> list[str]:
+        """How many times as fast our ways are as those that they stand beside, one sentence each."""
+        by_way = {(line.way, line.cache): line for line in self.lines()}
+        return [
+            f"{line.way}, {line.cache}: {line.faster_than(other)}"
+            for line in self.lines()
+            for name in WAYS[line.way].beside
+            if (other := by_way.get((name, line.cache)) if name != "others" else self._fastest_peer(line.cache))
+        ]
+
+    def _fastest_peer(self, cache: str) -> Line | None:
+        peers = [line for line in self.lines() if line.cache == cache and WAYS[line.way].group == "others"]
+        owned = [line for line in peers if self.task.accelerator not in WAYS[line.way].mapped_on]
+        return min(owned, key=lambda line: line.total_s, default=None)
+
     def limits_in_words(self) -> list[str]:
         """The machine's limits, one sentence each."""
         return [f"{name}: {statistics.median(rates) / 1e9:.2f} GB/s" for name, rates in self.limits.items()]
@@ -149,11 +170,18 @@ class Results:
         rows = [HEADINGS, marks, *self.cells()]
         parts = [f"{self.title}. Median of {self.num_rounds} rounds; every row is a fresh process.", ""]
         parts += [f"| {' | '.join(row)} |" for row in rows]
+        parts += ["", *(f"- {line}" for line in self.comparisons())] if self.comparisons() else []
         parts += ["", "Limits of the machine:", "", *(f"- {limit}" for limit in self.limits_in_words())]
         left_out = [*(f"{name}: {reason}" for name, reason in self.not_run.items()), *self.notes]
         if left_out:
             parts += ["", "Not run:", "", *(f"- {reason}" for reason in left_out)]
         return "\n".join(parts) + "\n"
+
+    @classmethod
+    def read(cls, path: str) -> Results:
+        """What `as_json` has written."""
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        return cls(**{**found, "task": Task(**found["task"]), "rows": [Row(**row) for row in found["rows"]]})
 
     def write(self, folder: str) -> list[str]:
         """Write JSON, CSV and Markdown, and return the paths."""
@@ -164,7 +192,7 @@ class Results:
         return [str(Path(folder) / name) for name in texts]
 
 
-_PEAKS = ("device_bytes", "host_bytes", "mapped_bytes")
+_PEAKS = ("device_bytes", "device_end_bytes", "host_bytes", "mapped_bytes")
 
 
 def _verdict(rows: Sequence[Row]) -> str:

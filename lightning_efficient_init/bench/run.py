@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import platform
+import re
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import lightning as L
 import torch
 
 from lightning_efficient_init.bench import cache, limits
 from lightning_efficient_init.bench.files import all_files, check_space, form_of, safetensors_files, write_files
+from lightning_efficient_init.bench.processes import FreshProcesses, ProcessDiedError, StartMethod, StoppedError
 from lightning_efficient_init.bench.results import Results
 from lightning_efficient_init.bench.row import Row, measure
 from lightning_efficient_init.bench.task import DTYPES, Task
@@ -28,9 +29,8 @@ from lightning_efficient_init.load.bind import named_state
 from lightning_efficient_init.memory import available_bytes
 from lightning_efficient_init.model_names import constructor_of
 
-_T = TypeVar("_T")
 _FILE_CACHED = 0.98
-_PRELOADED = ["lightning_efficient_init.bench.row"]
+_MIN_COLD_BYTES = 100 << 20  # a disk that has less to read has not begun to stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,11 @@ class Options:
         precision: "bf16-true", "16-true" or "32-true".
         accelerator: "cpu", "cuda", or "auto".
         folder: Where the files go; None for the system's folder of temporary files.
-        cold: Whether rows also run with files that are not in the page cache.
+        cold: Whether rows also run with files that are not in the page cache; None for files of more than 100 MiB.
+        only: A regular expression; of those rows, the ones in whose name or title it is found.
+        stock_rounds: How often Lightning's own ways run, which take long; None for as often as the others.
+        limit_minutes: After how long it stops, with what it has until then. A row that took longer than what is left
+            is not run again.
     """
 
     model: str = "tiny"
@@ -55,141 +59,139 @@ class Options:
     precision: str = "bf16-true"
     accelerator: str = "auto"
     folder: str | None = None
-    cold: bool = True
+    cold: bool | None = None
+    only: str = ""
+    stock_rounds: int | None = None
+    limit_minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in DTYPES:
+            raise UsageError(f"precision {self.precision!r}: expected one of {', '.join(DTYPES)}.")
+        if min(self.rounds, self.stock_rounds or self.rounds) < 1:
+            raise UsageError(f"rounds: expected at least 1, found {min(self.rounds, self.stock_rounds or 0)}.")
+
+    def rounds_of(self, way: Way) -> int:
+        """How often it runs."""
+        return self.stock_rounds or self.rounds if way.group == "Lightning" else self.rounds
 
 
 def run_bench(options: Options, on_step: Callable[[str, int, int], None] | None = None) -> Results:
-    """Measure all rows that can run here.
+    """Measure all rows that can run here; see `Bench`."""
+    return Bench(options, on_step=on_step).run()
+
+
+class Bench:
+    """One benchmark: the rows that can run here, round by round.
 
     Args:
         options: What to measure.
         on_step: Called before each step with what it is, its number, and how many there will be.
+        on_row: Called with each row's measurement, as soon as it is there.
+        start_method: See `FreshProcesses`.
+
+    Attributes:
+        results: What has been measured so far.
 
     Raises:
-        UsageError: A name is unknown, or there is no room for the files.
-    """
-    chosen = _chosen(options.ways)
-    task = _task(options)
-    with tempfile.TemporaryDirectory(dir=options.folder, prefix="efficient-init-bench-") as folder:
-        results = Results(_machine(task), task, options.rounds)
-        runnable = {}
-        forms = {way.form for way in chosen.values()} if options.checkpoint is None else set(task.paths)
-        intended = _with_paths(task, dict.fromkeys(forms, "")) if options.checkpoint is None else task
-        for name, way in chosen.items():
-            if (reason := way.obstacle(intended, available_bytes())) is None:
-                runnable[name] = way
-            else:
-                results.not_run[name] = reason
-        return _Rounds(results, runnable, options, on_step).run(folder)
-
-
-def _chosen(names: Sequence[str]) -> dict[str, Way]:
-    chosen: dict[str, Way] = {}
-    for name in names:
-        if name not in GROUPS and name not in WAYS:
-            raise UsageError(f"way {name!r}: expected some of {', '.join([*GROUPS, *WAYS])}.")
-        chosen |= GROUPS.get(name) or {name: WAYS[name]}
-    return {name: way for name, way in WAYS.items() if name in chosen}
-
-
-def _task(options: Options) -> Task:
-    if options.precision not in DTYPES:
-        raise UsageError(f"precision {options.precision!r}: expected one of {', '.join(DTYPES)}.")
-    if options.rounds < 1:
-        raise UsageError(f"rounds: expected at least 1, found {options.rounds}.")
-    accelerator = options.accelerator
-    if accelerator == "auto":
-        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    paths = {} if options.checkpoint is None else {form_of(options.checkpoint): os.path.abspath(options.checkpoint)}
-    with deferred_init():
-        model = constructor_of(options.model)()
-    numel = sum({id(tensor): tensor.numel() for tensor in named_state(model).values()}.values())
-    num_bytes = numel * DTYPES[options.precision].itemsize
-    return Task(options.model, paths, options.precision, accelerator, num_bytes)
-
-
-def _with_paths(task: Task, paths: Mapping[str, str]) -> Task:
-    return Task(task.model, paths, task.precision, task.accelerator, task.num_bytes)
-
-
-def _machine(task: Task) -> dict[str, Any]:
-    return {
-        "device": torch.cuda.get_device_name() if task.accelerator == "cuda" else platform.processor() or "CPU",
-        "cores": available_cores(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "lightning": L.__version__,
-    }
-
-
-def in_fresh_process(function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
-    """Run a function in a process that has done nothing but import this package.
-
-    Such processes are forked from a server that has the libraries imported and has not touched a device.
-    """
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # looking for a GPU must not initialize CUDA there
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *args, **kwargs).result()
-
-
-class _Rounds:
-    """The rows of one benchmark, round by round.
-
-    Args:
-        results: Where measurements go.
-        ways: What can run.
-        options: What was asked for.
-        on_step: See `run_bench`.
+        UsageError: A name is unknown.
     """
 
     def __init__(
         self,
-        results: Results,
-        ways: dict[str, Way],
         options: Options,
-        on_step: Callable[[str, int, int], None] | None,
+        *,
+        on_step: Callable[[str, int, int], None] | None = None,
+        on_row: Callable[[Row], None] | None = None,
+        start_method: StartMethod = "forkserver",
     ) -> None:
-        self._results = results
-        self._ways = ways
+        self._started = time.monotonic()
         self._options = options
         self._on_step = on_step
-        self._step = 0
+        self._on_row = on_row
+        self._step = self._num_steps = 0
+        self._took_s: dict[tuple[str, str], float] = {}
+        self._files: list[str] = []
+        chosen = _chosen(options)
+        self._processes = FreshProcesses(start_method)
+        task, machine = self._processes.run(partial(_look, options))
+        self.results = Results(machine, task, options.rounds)
+        self._ways = self._runnable(chosen)
+        if task.accelerator == "cpu":  # elsewhere some of them look for devices when they are imported
+            self._processes.preload({package for way in self._ways.values() for package in way.packages})
 
-    def run(self, folder: str) -> Results:
-        if not self._ways:
-            return self._results
-        self._prepare(folder)
-        caches = ["warm", "cold"] if self._options.cold and self._can_evict() else ["warm"]
-        total = 1 + self._options.rounds * len(caches) * (1 + len(self._ways))
-        for i in range(self._options.rounds):
-            for state in caches:
-                self._measure_limits(state, total)
-                for name in [*self._ways]:
-                    self._note(f"{name}, {state}, round {i + 1} of {self._options.rounds}", total)
-                    self._set_cache(state)
-                    self._run_row(name, state, check=i == 0)
-        return self._results
+    def _runnable(self, chosen: Mapping[str, Way]) -> dict[str, Way]:
+        """What nothing stands against; the rest is noted."""
+        task = self.results.task
+        intended = task if task.paths else replace(task, paths={way.form: "" for way in chosen.values()})
+        obstacles = {name: way.obstacle(intended, available_bytes()) for name, way in chosen.items()}
+        self.results.not_run |= {name: reason for name, reason in obstacles.items() if reason is not None}
+        return {name: way for name, way in chosen.items() if obstacles[name] is None}
+
+    def run(self) -> Results:
+        """Measure.
+
+        Raises:
+            UsageError: There is no room for the files.
+        """
+        with tempfile.TemporaryDirectory(dir=self._options.folder, prefix="efficient-init-bench-") as folder:
+            try:
+                if self._ways:
+                    self._prepare(folder)
+                    self._run_rounds()
+            except TimeoutError:
+                pass  # what was not reached is said below
+            except StoppedError:
+                self.results.notes.append("the rest: it was stopped")
+                return self.results
+            self._note_what_is_missing()
+        return self.results
+
+    def stop(self) -> None:
+        """End the row that runs; ``run`` returns what was measured until then. A signal handler may call it."""
+        self._processes.stop()
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether `stop` was called."""
+        return self._processes.is_stopped
 
     def _prepare(self, folder: str) -> None:
-        task = self._results.task
+        task = self.results.task
         if not task.paths:
             forms = {way.form for way in self._ways.values()}
             check_space(folder, task.num_bytes, forms)
-            self._note(f"writing {task.num_bytes * len(forms) / 1e9:.2f} GB of random weights", 1)
-            task = _with_paths(task, in_fresh_process(write_files, task, folder, forms))
-        self._results.task = task
-        self._files = all_files(task)
+            self._say(f"writing {task.num_bytes * len(forms) / 1e9:.2f} GB of random weights")
+            self.results.task = replace(task, paths=self._in_time(partial(write_files, task, folder, forms)))
+        self._files = all_files(self.results.task)
         cache.warm(self._files)
+
+    def _run_rounds(self) -> None:
+        options = self._options
+        caches = ["warm", "cold"] if self._is_cold_wanted() and self._can_evict() else ["warm"]
+        self._num_steps = self._step + len(caches) * (options.rounds + sum(map(options.rounds_of, self._ways.values())))
+        for i in range(options.rounds):
+            for state in caches:
+                self._measure_limits(state)
+                for name, way in [*self._ways.items()][::-1]:  # the slow ones last, if time is limited
+                    if i < options.rounds_of(way):
+                        self._say(f"{name}, {state}, round {i + 1} of {options.rounds_of(way)}")
+                        self._run_row(name, state, check=i == 0)
+
+    def _is_cold_wanted(self) -> bool:
+        wanted, num_bytes = self._options.cold, sum(map(os.path.getsize, self._files))
+        if wanted is None and num_bytes < _MIN_COLD_BYTES:
+            self.results.notes.append(
+                f"cold: not run, {num_bytes / 1e6:.0f} MB say little about a disk; --cold runs it"
+            )
+            return False
+        return wanted is not False
 
     def _can_evict(self) -> bool:
         cache.evict(self._files)
         share = cache.cached_share(self._files)
         if share is not None and share <= 1 - _FILE_CACHED:
             return True
-        self._results.notes.append("cold: not run, the file system keeps the files in the page cache")
+        self.results.notes.append("cold: not run, the file system keeps the files in the page cache")
         return False
 
     def _set_cache(self, state: str) -> None:
@@ -199,13 +201,13 @@ class _Rounds:
             cache.warm(self._files)
             share = cache.cached_share(self._files)
             note = "the page cache does not hold all the files: warm rows read from the disk, too"
-            if share is not None and share < _FILE_CACHED and note not in self._results.notes:
-                self._results.notes.append(note)
+            if share is not None and share < _FILE_CACHED and note not in self.results.notes:
+                self.results.notes.append(note)
 
-    def _measure_limits(self, state: str, total: int) -> None:
-        self._note(f"the machine's limits, {state}", total)
+    def _measure_limits(self, state: str) -> None:
+        self._say(f"the machine's limits, {state}")
         self._set_cache(state)
-        task = self._results.task
+        task = self.results.task
         form, path = next(iter(task.paths.items()))
         files = safetensors_files(path) if form == "safetensors" else [path]
         if state == "cold":
@@ -219,23 +221,102 @@ class _Rounds:
             self._add_limit("page cache to device", limits.ring_rate, files, task)
 
     def _add_limit(self, name: str, function: Callable[..., float], *args: Any) -> None:
-        self._results.limits.setdefault(name, []).append(in_fresh_process(function, *args))
+        rate = self._in_time(partial(function, *args))
+        self.results.limits.setdefault(name, []).append(rate)
 
     def _run_row(self, name: str, state: str, *, check: bool) -> None:
+        left_s, started = self._left_s(), time.monotonic()
+        if left_s is not None and left_s < self._took_s.get((name, state), 0):
+            return
         try:
-            row: Row = in_fresh_process(measure, name, self._results.task, state, check=check)
-        except BrokenProcessPool:
-            self._drop(name, "its process was killed; most likely the host's memory did not suffice")
+            self._set_cache(state)
+            row = self._in_time(partial(measure, name, self.results.task, state, check=check))
+        except TimeoutError:
+            pass  # how often it did run is said at the end
+        except StoppedError:
+            raise
+        except ProcessDiedError as error:
+            self._drop(name, f"{error}; most likely the host's memory did not suffice")
         except Exception as error:  # other people's code, which may raise anything
             self._drop(name, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
         else:
-            self._results.rows.append(row)
+            self._took_s[name, state] = time.monotonic() - started
+            self.results.rows.append(row)
+            if self._on_row is not None:
+                self._on_row(row)
+
+    def _in_time(self, function: Callable[[], Any]) -> Any:
+        """Call it in a fresh process, which has the time that is left."""
+        return self._processes.run(function, self._left_s())
+
+    def _left_s(self) -> float | None:
+        limit = self._options.limit_minutes
+        return None if limit is None else max(0.0, self._started + 60 * limit - time.monotonic())
 
     def _drop(self, name: str, reason: str) -> None:
         del self._ways[name]
-        self._results.not_run[name] = reason
+        self.results.not_run[name] = reason
 
-    def _note(self, what: str, total: int) -> None:
+    def _note_what_is_missing(self) -> None:
+        for name, way in self._ways.items():
+            for state in dict.fromkeys(["warm", *(row.cache for row in self.results.rows)]):
+                count = sum((row.way, row.cache) == (name, state) for row in self.results.rows)
+                if count < self._options.rounds_of(way):
+                    self.results.notes.append(
+                        f"{name}, {state}: {count} of {self._options.rounds_of(way)} rounds; the rest did not fit the "
+                        f"limit of {self._options.limit_minutes} minutes"
+                    )
+
+    def _say(self, what: str) -> None:
         self._step += 1
         if self._on_step is not None:
-            self._on_step(what, self._step, total)
+            self._on_step(what, self._step, max(self._step, self._num_steps))
+
+
+def _chosen(options: Options) -> dict[str, Way]:
+    chosen: dict[str, Way] = {}
+    for name in options.ways:
+        if name not in GROUPS and name not in WAYS:
+            raise UsageError(f"way {name!r}: expected some of {', '.join([*GROUPS, *WAYS])}.")
+        chosen |= GROUPS.get(name) or {name: WAYS[name]}
+    try:
+        found = {name: way for name, way in WAYS.items() if name in chosen and way.is_called(options.only, name)}
+    except re.error as error:
+        raise UsageError(f"only {options.only!r}: expected a regular expression; {error}.") from error
+    if not found:
+        raise UsageError(f"only {options.only!r}: expected a part of a name or a title of {', '.join(chosen)}.")
+    return found
+
+
+def _look(options: Options) -> tuple[Task, dict[str, Any]]:
+    """What is loaded, and on what; in a process of its own, as it computes and asks for devices."""
+    accelerator = options.accelerator
+    if accelerator == "auto":
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    paths = {} if options.checkpoint is None else {form_of(options.checkpoint): os.path.abspath(options.checkpoint)}
+    with deferred_init():
+        model = constructor_of(options.model)()
+    numel = sum({id(tensor): tensor.numel() for tensor in named_state(model).values()}.values())
+    num_bytes = numel * DTYPES[options.precision].itemsize
+    task = Task(options.model, paths, options.precision, accelerator, num_bytes)
+    return task, _machine(task)
+
+
+def _machine(task: Task) -> dict[str, Any]:
+    return {
+        "device": torch.cuda.get_device_name() if task.accelerator == "cuda" else _processor(),
+        "cores": available_cores(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": L.__version__,
+    }
+
+
+def _processor() -> str:
+    """The processor's name, from ``/proc/cpuinfo`` (Linux)."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line for line in file if line.startswith("model name")).partition(":")[2].strip()
+    except (OSError, StopIteration):
+        return platform.processor() or "CPU"

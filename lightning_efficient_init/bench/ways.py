@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -37,7 +38,7 @@ class Way:
         packages: What has to be installed.
         accelerators: Where it runs.
         mapped_on: Accelerators on which parameters end in the file's mapping, not in memory of their own.
-        is_exact: Whether the loaded values are those of the file.
+        beside: Names of the ways that it is compared with; of "others", the fastest that ends in memory of its own.
         needs_hugging_face: Whether it loads Hugging Face models only.
     """
 
@@ -49,8 +50,12 @@ class Way:
     packages: tuple[str, ...] = ()
     accelerators: tuple[str, ...] = ("cpu", "cuda")
     mapped_on: tuple[str, ...] = ()
-    is_exact: bool = True
+    beside: tuple[str, ...] = ()
     needs_hugging_face: bool = False
+
+    def is_called(self, pattern: str, name: str) -> bool:
+        """Whether a regular expression is found in its name, or in what the tables call it."""
+        return re.search(pattern, f"{name} {self.group}: {self.title}") is not None
 
     def obstacle(self, task: Task, available_bytes: int) -> str | None:
         """Why it cannot run here, or None.
@@ -173,6 +178,7 @@ def _map(fabric: L.Fabric, model: Module, task: Task) -> object:
 _QUANTIZED: tuple[tuple[str, Literal["int8", "nf4"], str, Callable[[L.Fabric, Module, Task], object]], ...] = (
     ("int8-lazy", "int8", "lazy loader", _load_lazily),
     ("int8-mmap", "int8", "torch.load(mmap=True)", _load_mapped),
+    ("nf4-lazy", "nf4", "lazy loader", _load_lazily),
     ("nf4-mmap", "nf4", "torch.load(mmap=True)", _load_mapped),
 )
 
@@ -203,7 +209,6 @@ LIGHTNING: Mapping[str, Way] = {
             _in_fabric(_bitsandbytes_fabric(mode), load),
             packages=("bitsandbytes",),
             accelerators=("cuda",),  # it quantizes there only
-            is_exact=False,
         )
         for name, mode, title, load in _QUANTIZED
     },
@@ -218,10 +223,18 @@ LIGHTNING: Mapping[str, Way] = {
 
 OURS: Mapping[str, Way] = {
     "ours-load_raw": Way(
-        "init_module(empty_init=True), load_raw", "ours", "pth", _in_fabric(_our_fabric, _load_raw("pth"))
+        "init_module(empty_init=True), load_raw",
+        "ours",
+        "pth",
+        _in_fabric(_our_fabric, _load_raw("pth")),
+        beside=("load_raw", "lazy", "mmap", "others"),
     ),
     "ours-safetensors": Way(
-        "the same, from safetensors", "ours", "safetensors", _in_fabric(_our_fabric, _load_raw("safetensors"))
+        "the same, from safetensors",
+        "ours",
+        "safetensors",
+        _in_fabric(_our_fabric, _load_raw("safetensors")),
+        beside=("load_raw", "mmap", "others"),
     ),
     "ours-mmap": Way(
         "load_checkpoint(mmap=True)",
@@ -230,6 +243,7 @@ OURS: Mapping[str, Way] = {
         _in_fabric(_our_fabric, _map),
         accelerators=("cpu",),
         mapped_on=("cpu",),
+        beside=("mmap-assign",),
     ),
     **{
         f"ours-{mode}": Way(
@@ -238,7 +252,7 @@ OURS: Mapping[str, Way] = {
             "pth",
             _in_fabric(_quantizing_fabric(mode), _load_raw("pth")),
             packages=("bitsandbytes",),
-            is_exact=False,
+            beside=tuple(name for name, of, _, _ in _QUANTIZED if of == mode),
         )
         for mode in ("int8", "nf4")
     },
@@ -247,6 +261,7 @@ OURS: Mapping[str, Way] = {
         "ours",
         "ckpt",
         _in_trainer(lambda task: _trainer(task, plugins=[EfficientInit(task.precision)])),  # type: ignore[arg-type]
+        beside=("trainer",),
     ),
 }
 

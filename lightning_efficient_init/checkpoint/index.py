@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,7 +20,12 @@ from lightning_efficient_init.checkpoint.torch_legacy import LegacyTorch
 from lightning_efficient_init.checkpoint.torch_zip import TorchZip
 from lightning_efficient_init.checkpoint.weights import weights_of
 from lightning_efficient_init.checkpoint.wording import DOWNLOAD_AGAIN, explain
-from lightning_efficient_init.errors import CheckpointError, CheckpointReadError, CorruptCheckpointError
+from lightning_efficient_init.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CheckpointReadError,
+    CorruptCheckpointError,
+)
 from lightning_efficient_init.garbage import collections_paused
 
 _FILES: Final[tuple[CheckpointFormat, ...]] = (TorchZip(), LegacyTorch(), Safetensors())
@@ -28,6 +34,7 @@ FORMATS: Final[tuple[CheckpointFormat, ...]] = (*_FILES, *_FOLDERS)
 """All formats, in the order in which they are asked whether they recognize a checkpoint."""
 
 _HEAD_BYTES: Final = 512
+_URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +68,8 @@ def index_checkpoint(
     """Indexes a checkpoint from its headers alone; no tensor is read, and no code from it runs.
 
     Args:
-        path: A file or folder of any format in `FORMATS`, recognized by its content.
+        path: A file or folder of any format in `FORMATS`, recognized by its content. ``~`` and ``file://`` are
+            understood.
         weights_only: False lets a pickle run any code. Only for files whose author you trust.
         weights_key: The key in the tree under which the model's weights are; None finds the only choice.
 
@@ -71,6 +79,7 @@ def index_checkpoint(
         CorruptCheckpointError: It is damaged, or contradicts itself.
         UnsafeCheckpointError: Its pickle would run code, and ``weights_only`` is True.
         CheckpointReadError: The operating system could not read it.
+        TypeError: ``path`` is no path.
     """
     found = index_tree(path, weights_only=weights_only)
     weights = weights_of(found.tree, weights_key, path=found.path)
@@ -81,10 +90,34 @@ def index_checkpoint(
 
 def index_tree(path: str | os.PathLike[str], *, weights_only: bool = True) -> CheckpointTree:
     """Indexes a checkpoint without choosing what its weights are (see `weights_of`); raises as `index_checkpoint`."""
-    asked = os.fsdecode(path)
+    asked = _as_text(path)
     with _reported(asked), collections_paused():
-        found = _read(os.path.abspath(asked), weights_only=weights_only)
+        found = _read(os.path.abspath(_as_local(asked)), weights_only=weights_only)
     return CheckpointTree(asked, found.format, found.files, found.tree)
+
+
+def _as_text(path: object) -> str:
+    if not isinstance(path, (str, bytes, os.PathLike)):
+        raise TypeError(
+            "path: expected the path of a checkpoint, a str, bytes or os.PathLike after the model, found "
+            f"{type(path).__name__}. A state dict that is in memory goes into model.load_state_dict; a file that is "
+            "open, or in memory, has to be on a disk first."
+        )
+    return os.fsdecode(path)
+
+
+def _as_local(path: str) -> str:
+    """A path as the system knows it: Lightning takes ``~`` and ``file://`` as well."""
+    path = os.path.expanduser(path.removeprefix("file://"))
+    if not path:
+        raise CheckpointNotFoundError(
+            explain(path, expected="the path of a checkpoint", found="an empty one", todo="Check the path.")
+        )
+    if _URL.match(path) and not os.path.lexists(path):
+        raise CheckpointNotFoundError(
+            explain(path, expected="a local file or folder", found="a URL", todo="Download it, and pass its path.")
+        )
+    return path
 
 
 def _read(path: str, *, weights_only: bool) -> CheckpointTree:

@@ -84,7 +84,7 @@ def _find_key(tree: Any, path: str) -> str | None:
                 path,
                 expected="the weights of one model",
                 found=f"weights under the keys {listing(keys)}",
-                todo="Say which key to load.",
+                todo=f'Load the one you mean with fabric.load(path, {{"{keys[0]}": model}}), or save them apart.',
             )
         )
     if _is_state_dict(tree):

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lightning_efficient_init.bench.chart import draw
+from lightning_efficient_init.bench.processes import StartMethod
 from lightning_efficient_init.bench.results import HEADINGS, NUMBERS, Results
-from lightning_efficient_init.bench.run import Options, run_bench
+from lightning_efficient_init.bench.row import Row
+from lightning_efficient_init.bench.run import Bench, Options
 from lightning_efficient_init.bench.task import DTYPES
 from lightning_efficient_init.bench.ways import GROUPS, WAYS
 from lightning_efficient_init.cli.console import console, plain, table
@@ -29,11 +36,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ways", nargs="+", default=[*default.ways], metavar="WAY", help=f"some of {', '.join([*GROUPS, *WAYS])}"
     )
+    parser.add_argument("--only", default="", metavar="REGEX", help="of these, the ones in whose name or title it is")
     parser.add_argument("--rounds", type=int, default=default.rounds, help="runs of each row (default: %(default)s)")
+    parser.add_argument("--stock-rounds", type=int, help="runs of Lightning's own ways, which take long")
     parser.add_argument("--precision", default=default.precision, choices=[*DTYPES])
     parser.add_argument("--accelerator", default=default.accelerator, choices=["auto", "cpu", "cuda"])
     parser.add_argument("--folder", help="where the weights are written, and deleted afterwards")
-    parser.add_argument("--no-cold", dest="cold", action="store_false", help="leave out files that are not cached")
+    parser.add_argument(
+        "--cold",
+        action=argparse.BooleanOptionalAction,
+        help="also load files that are not cached (default: if there are more than 100 MiB)",
+    )
+    parser.add_argument("--limit-minutes", type=float, help="stop in time, with what there is until then")
     parser.add_argument("--log", action="store_true", help="a logarithmic axis in the chart")
     parser.add_argument(
         "--output",
@@ -43,10 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, print, write."""
-    names = list(Options.__dataclass_fields__)
-    results = _measure(Options(**{name: getattr(options, name) for name in names}))
+    """Measure, print, write; 130 if a signal ended it, with what there was until then."""
     out = console()
+    results, is_cut = _measure(options, out)
     _print(results, out)
     if not results.rows:
         return 1
@@ -54,21 +67,50 @@ def run(options: argparse.Namespace) -> int:
     try:
         written += draw(results, options.output, log=options.log)
     except UsageError as error:
-        out.print(f"No chart: {error}")
+        out.print(plain(f"No chart: {error}"))
     out.print()
     out.print(plain(f"Written: {', '.join(written)}"))
-    return 0
+    return 130 if is_cut else 0
 
 
-def _measure(options: Options) -> Results:
+def _measure(options: argparse.Namespace, out: Console) -> tuple[Results, bool]:
+    """All that was measured, and whether a signal ended it."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("starting", total=None)
+    # It has no thread that refreshes it, and so this process can be forked.
+    bar = Progress(
+        *columns,
+        console=Console(stderr=True),
+        transient=True,
+        auto_refresh=False,
+        redirect_stdout=sys.stdout.isatty(),
+    )
+    number = bar.add_task("starting", total=None)
 
-        def show(what: str, number: int, total: int) -> None:
-            progress.update(bar, description=what, completed=number - 1, total=total)
+    def on_step(what: str, step: int, total: int) -> None:
+        bar.update(number, description=what, completed=step - 1, total=total, refresh=True)
 
-        return run_bench(options, show)
+    def on_row(row: Row) -> None:
+        out.print(plain(f"{row.total_s:9.3f} s  {row.way}, {row.cache}"))
+        bench.results.write(options.output)  # whatever ends this, what was measured is there
+
+    asked: dict[str, Any] = {name: getattr(options, name) for name in Options.__dataclass_fields__}
+    start_method: StartMethod = "fork" if options.is_program else "forkserver"
+    bench = Bench(Options(**asked), on_step=on_step, on_row=on_row, start_method=start_method)
+    with bar, _handled(bench.stop):
+        return bench.run(), bench.is_stopped
+
+
+@contextmanager
+def _handled(stop: Callable[[], object]) -> Iterator[None]:
+    """Who asks this process to end, from the keyboard or otherwise, gets what there is."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, lambda *_: stop())
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _print(results: Results, out: Console) -> None:
@@ -76,6 +118,8 @@ def _print(results: Results, out: Console) -> None:
     for cells in results.cells():
         rows.add_row(*map(plain, cells))
     out.print(rows)
+    for line in results.comparisons():
+        out.print(f"  {line}")
     out.print("\nThe machine's limits")
     for limit in results.limits_in_words():
         out.print(f"  {limit}")

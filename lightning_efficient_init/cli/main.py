@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0 if it did what was asked, 1 if it could not (the reason is on standard error).
     """
     options = parser().parse_args(arguments)
+    options.is_program = arguments is None  # then this process has done nothing but import
     try:
         status: int = _COMMANDS[options.command].run(options)
         return status

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_efficient_init.deferred.audit import UninitializedParameterWarning, uninitialized_parameters, watch
+from lightning_efficient_init.deferred.audit import uninitialized_parameters
 from lightning_efficient_init.deferred.distribute import (
     distribute,
     fill_own,
@@ -34,6 +34,7 @@ from lightning_efficient_init.deferred.record import (
     postponed_init,
     recording,
 )
+from lightning_efficient_init.deferred.watch import UninitializedParameterWarning, watch
 
 __all__ = [
     "UninitializedParameterWarning",

@@ -15,7 +15,7 @@ import torch
 from torch import distributed
 from torch.nn import Module
 
-from lightning_efficient_init.deferred import audit
+from lightning_efficient_init.deferred import audit, kept
 from lightning_efficient_init.deferred.materialize import (
     allocate,
     give_bare_memory,
@@ -27,6 +27,7 @@ from lightning_efficient_init.deferred.materialize import (
 from lightning_efficient_init.deferred.recipe import Recipe, Ref, recipe_of
 from lightning_efficient_init.deferred.sharded import Windows, agree, evaluate_each, release, windows
 from lightning_efficient_init.errors import DeferredParameterError, shorten
+from lightning_efficient_init.rendezvous import exchange, is_alone
 from lightning_efficient_init.sharding import give_local_memory, is_dtensor, offloaded, part_of, settle
 
 Engine = Callable[[Module], Module]
@@ -89,13 +90,15 @@ def initialize_required(module: Module) -> None:
     """Run the recipes of what nobody has written, but not of what `postponed_init` declared optional."""
     names = audit.uninitialized_parameters(module)
     params = dict(module.named_parameters())
-    initialize(module, [name for name in names if not audit.window_of(params[name]).recipe.is_optional])
+    recipes = {name: kept.recipe_of_empty(params[name]) for name in names}
+    initialize(module, [name for name, recipe in recipes.items() if recipe is not None and not recipe.is_optional])
 
 
 def share_buffers(module: Module, group: Any = None) -> None:
     """Give all ranks rank 0's buffers, which may hold random numbers."""
-    if not distributed.is_initialized() or distributed.get_world_size(group) == 1:
+    if is_alone(group):
         return
+    exchange(None, group)
     source = distributed.get_global_rank(group, 0) if group is not None else 0
     for buffer in module.buffers():
         if buffer.numel() and not buffer.is_meta and not is_dtensor(buffer):

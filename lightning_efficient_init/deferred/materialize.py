@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from lightning_efficient_init.deferred import audit, parameter, recurrent, streams
+from lightning_efficient_init.deferred import audit, kept, parameter, recurrent, streams
 from lightning_efficient_init.deferred.active import current
 from lightning_efficient_init.deferred.arguments import indexed
 from lightning_efficient_init.deferred.recipe import Op, Recipe, operations_for, recipe_of
@@ -27,7 +27,7 @@ def is_deferred(module_or_tensor: torch.nn.Module | torch.Tensor) -> bool:
 
 def has_recipe(tensor: torch.Tensor) -> bool:
     """Whether ``tensor`` can still be initialized: it is deferred, or it is empty and nobody forgot its recipe."""
-    return is_deferred(tensor) or audit.recipe_of_empty(tensor) is not None
+    return is_deferred(tensor) or kept.recipe_of_empty(tensor) is not None
 
 
 def is_postponed(tensor: torch.Tensor) -> bool:
@@ -59,7 +59,7 @@ def materialize(
         ``module``.
 
     Raises:
-        DeferredParameterError: A tensor is on the meta device and has no recipe.
+        DeferredParameterError: A tensor is on the meta device, or in memory that nobody has written, without a recipe.
     """
     target = None if device is None else indexed(device)
     with parameter.undisturbed():
@@ -67,6 +67,7 @@ def materialize(
         _check_unclaimed(module)
         materialize_deferred(module, target, dtype)
         initialize(module)  # what `allocate` gave memory, and nobody has written
+        audit.check_recipes(module)
         _move(module, target, dtype)
         recurrent.flatten(layers)
     return module
@@ -133,10 +134,10 @@ def initialize(model: torch.nn.Module, names: Iterable[str] | None = None) -> li
         params = {name: known[name] for name in chosen}
         layers = recurrent.scattered(model.modules())
         deferred = _groups(params.values())
-        empty = [p for p in params.values() if audit.recipe_of_empty(p) is not None]
+        empty = [p for p in params.values() if kept.recipe_of_empty(p) is not None]
         done = [name for name, p in params.items() if has_recipe(p)]
         evaluate(deferred, deliver=lambda recipe, storage: parameter.give_memory(deferred[recipe], storage))
-        evaluate_each((audit.window_of(p), partial(audit.fill, p)) for p in {id(p): p for p in empty}.values())
+        evaluate_each((kept.window_of(p), partial(audit.fill, p)) for p in {id(p): p for p in empty}.values())
         refresh(empty)
         recurrent.flatten(layers)
     return done
@@ -154,7 +155,7 @@ def reseed(model: torch.nn.Module, states: Sequence[torch.Tensor]) -> None:
 
 def _operations_left(model: torch.nn.Module) -> list[Op]:
     with parameter.undisturbed():
-        found = [recipe_of(p) if p.is_meta else audit.recipe_of_empty(p) for p in model.parameters()]
+        found = [recipe_of(p) if p.is_meta else kept.recipe_of_empty(p) for p in model.parameters()]
         return operations_for(recipe for recipe in found if recipe is not None)
 
 
@@ -169,7 +170,7 @@ def settle(module: torch.nn.Module) -> None:
 def forget(tensors: Iterable[torch.Tensor]) -> None:
     """Drop the recipes of parameters that have been written; deferred ones keep theirs."""
     for tensor in tensors:
-        audit.forget(tensor)
+        kept.forget(tensor)
 
 
 def _groups(params: Iterable[torch.Tensor]) -> dict[Recipe, list[torch.Tensor]]:

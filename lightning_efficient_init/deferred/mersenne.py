@@ -47,10 +47,11 @@ _GAPS = tuple(high - low for low, high in zip(_EXPONENTS, (*_EXPONENTS[1:], _DEG
 
 def advance(generator: torch.Generator, num_draws: int) -> None:
     """Move a CPU generator on by ``num_draws`` 32-bit draws, exactly as if they had been made."""
-    if num_draws >= _MANY_DRAWS:
-        _jump(generator, num_draws)
-    else:
-        _draw(generator, num_draws)
+    with torch._C.DisableTorchFunction():  # modes that watch construction are slow, and have nothing to see here
+        if num_draws >= _MANY_DRAWS:
+            _jump(generator, num_draws)
+        else:
+            _draw(generator, num_draws)
 
 
 def _draw(generator: torch.Generator, num_draws: int) -> None:
@@ -90,12 +91,12 @@ def _words_ahead(generator: torch.Generator) -> torch.Tensor:
 
 def _evaluate(polynomial: int, words: torch.Tensor) -> torch.Tensor:
     """XOR of ``words[k : k + 624]`` over the terms ``x**k``."""
-    terms = [k for k, bit in enumerate(reversed(f"{polynomial:b}")) if bit == "1"]
+    exponents = [k for k, bit in enumerate(reversed(f"{polynomial:b}")) if bit == "1"]
     windows = words.to(torch.int32).unfold(0, NUM_WORDS, 1)
     total = torch.zeros(_ROWS, NUM_WORDS, dtype=torch.int32, device="cpu")
-    for start in range(0, len(terms), _ROWS):
+    for terms in torch.tensor(exponents, device="cpu").split(_ROWS):
         # by index_select: windows[...] gathers element by element, and takes a hundred times as long
-        rows = windows.index_select(0, torch.tensor(terms[start : start + _ROWS], device="cpu"))
+        rows = windows.index_select(0, terms)
         total[: len(rows)] ^= rows
     while len(total) > 1:
         total = total[: len(total) // 2] ^ total[len(total) // 2 :]

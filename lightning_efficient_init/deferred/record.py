@@ -25,7 +25,8 @@ What it costs, and where exactness ends
     not for the CPU they run on its values, and a parameter made of the result is real from the start.
     A NumPy array given to ``torch.from_numpy`` is copied up to 1 MiB, so writing to the array later is not seen.
     Values from outside (a checkpoint) in a parameter make it *loaded*: `empty_init` gives it memory and values.
-    A deep copy, a pickle or a sharded version of an *empty* parameter does not take its recipe along.
+    A sharded version of an *empty* parameter takes its recipe along only if a strategy of this package made it. A deep
+    copy does; a pickle is refused; what is copied otherwise is found by its canary at first use, and refused.
 
 Decided against
     FakeTensorMode: five times the time per operation, and neither real buffers nor ``.item()``.

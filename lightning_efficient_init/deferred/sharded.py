@@ -28,6 +28,7 @@ from lightning_efficient_init.deferred.recipe import Op, Recipe, Ref, operations
 from lightning_efficient_init.deferred.replay import Replay
 from lightning_efficient_init.deferred.streams import Stream
 from lightning_efficient_init.errors import DeferredInitError
+from lightning_efficient_init.rendezvous import exchange, is_alone
 
 Windows: TypeAlias = dict[tuple[Module, str], Ref]
 
@@ -89,7 +90,7 @@ def agree(refs: Iterable[Ref], device: torch.device, group: Any = None) -> None:
     Raises:
         DeferredInitError: The ranks have recorded different models.
     """
-    if not distributed.is_initialized() or distributed.get_world_size(group) == 1:
+    if is_alone(group):
         return
     with parameter.undisturbed():
         ops = operations_for(dict.fromkeys(ref.recipe for ref in refs))
@@ -101,8 +102,7 @@ def _agree_on_numbers(ops: list[Op], group: Any) -> None:
     """Compare what the operations are, and their numbers and constants; rank 0's count."""
     prints = [(str(op.func), zlib.crc32(pickle.dumps(list(map(_content, _leaves(op)))))) for op in ops]
     mine = _digest([name for name, _ in prints]), _digest(prints)
-    found: list[Any] = [None] * distributed.get_world_size(group)
-    distributed.all_gather_object(found, mine, group)
+    found = exchange(mine, group)
     if len({structure for structure, _ in found}) > 1:
         counts = [rank for rank, (structure, _) in enumerate(found) if structure != found[0][0]]
         raise DeferredInitError(
@@ -149,6 +149,7 @@ def _streams(ops: Iterable[Op]) -> Iterator[Stream]:
 
 def _from_first(value: Any, group: Any) -> Any:
     """What rank 0 of the group has."""
+    exchange(None, group)
     box = [value]
     distributed.broadcast_object_list(box, src=distributed.get_global_rank(group, 0) if group else 0, group=group)
     return box[0]

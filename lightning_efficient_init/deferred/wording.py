@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import torch
 
-from lightning_efficient_init.deferred.recipe import recipe_of
+from lightning_efficient_init.deferred.recipe import Recipe, recipe_of
 from lightning_efficient_init.errors import DeferredParameterError, UnrecordableError
 
 
@@ -27,8 +27,19 @@ def misuse(tensor: torch.Tensor, what: str) -> DeferredParameterError:
     )
 
 
+def empty_misuse(tensor: torch.Tensor, recipe: Recipe) -> DeferredParameterError:
+    """The error for pickling memory that nobody has written: what reads the pickle could not tell."""
+    return DeferredParameterError(
+        f"{_name(tensor, recipe)} is empty: nobody has written it, at least not all of it, and it cannot be saved or "
+        "pickled. Load a checkpoint into the model, or call `materialize(model)` to initialize it, before."
+    )
+
+
 def _describe(tensor: torch.Tensor) -> str:
-    recipe = recipe_of(tensor)
+    return _name(tensor, recipe_of(tensor))
+
+
+def _name(tensor: torch.Tensor, recipe: Recipe | None) -> str:
     if recipe is None or recipe.label is None:
         return "A tensor"
     return f"The parameter {recipe.label!r} of shape {tuple(tensor.shape)}"

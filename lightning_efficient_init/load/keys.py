@@ -31,6 +31,7 @@ def match_keys(checkpoint_keys: Collection[str], model_keys: Iterable[str], key_
 
     Raises:
         CheckpointError: Several prefixes fit equally well, or two keys end up at one name.
+        TypeError: ``key_map`` is of another kind, or gives something other than names.
     """
     names = set(model_keys)
     if key_map is None and names.issuperset(checkpoint_keys):
@@ -66,7 +67,14 @@ def rename_modules(metadata: Any, names: Mapping[str, str]) -> dict[str, Any] | 
 
 
 def _apply(keys: Iterable[str], key_map: KeyMap) -> dict[str, str]:
+    if not isinstance(key_map, Mapping) and not callable(key_map):
+        raise TypeError(f"key_map: expected a mapping or a function, found {type(key_map).__name__}.")
     renamed = {key: key_map.get(key, key) if isinstance(key_map, Mapping) else key_map(key) for key in keys}
+    for key, name in renamed.items():
+        if name is not None and not isinstance(name, str):
+            raise TypeError(
+                f"key_map: expected a name of the model for the key {key!r}, or None to drop it; found {name!r}."
+            )
     return {key: name for key, name in renamed.items() if name is not None}
 
 

@@ -84,7 +84,10 @@ def plan_load(
     Raises:
         StateDictMismatchError: The tensors do not fit; holds all names and shapes.
         CheckpointError: The checkpoint cannot be read, see ``lightning_efficient_init.errors``.
+        TypeError: An argument is of another kind.
     """
+    if not isinstance(model, Module):
+        raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}. The path comes second.")
     found = index_tree(path, weights_only=weights_only)
     return plan_part(model, found, strict=strict, key_map=key_map, ignore_mismatched=ignore_mismatched)
 

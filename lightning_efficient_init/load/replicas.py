@@ -13,7 +13,6 @@ the next one of the others, so a failure anywhere reaches all of them at once, w
 from __future__ import annotations
 
 import hashlib
-import pickle
 import platform
 import weakref
 from bisect import bisect_right
@@ -28,16 +27,15 @@ from torch.nn import Module
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_efficient_init.errors import CheckpointError
 from lightning_efficient_init.load.bind import walk
 from lightning_efficient_init.load.extents import PAGE_BYTES
 from lightning_efficient_init.load.pipeline import Settings, transfer
+from lightning_efficient_init.rendezvous import agree, exchange
 from lightning_efficient_init.sharding import has_parts
 from lightning_efficient_init.sinks import Segment
 
 _SMALL_BYTES = 1 << 20  # what is smaller travels together
 _BATCH_BYTES = 8 << 20
-_AGREED = "_efficient_init_agreed"
 
 _replicated: weakref.WeakKeyDictionary[Module, distributed.ProcessGroup] = weakref.WeakKeyDictionary()
 _node_groups: weakref.WeakKeyDictionary[distributed.ProcessGroup, distributed.ProcessGroup] = (
@@ -58,21 +56,14 @@ class Replicas:
         self._common_bytes = 0
         self._own_bytes = 0
 
-    @contextmanager
-    def agree(self) -> Iterator[None]:
+    def agree(self) -> AbstractContextManager[None]:
         """What is raised inside on one rank is raised on all; a context for all ranks of the group to enter."""
-        try:
-            yield
-        except Exception as error:
-            if not hasattr(error, _AGREED):
-                self._exchange(error, None)
-            raise
-        self._exchange(None, None)
+        return agree(self._group)
 
     def confirm(self, work: object) -> Replicas | None:
         """These replicas, if every rank is about to do the same ``work`` (compared by ``repr``); else None."""
         digest = hashlib.sha256(repr(work).encode()).digest()
-        return self if len(set(self._exchange(None, digest))) == 1 else None
+        return self if len(set(exchange(digest, self._group))) == 1 else None
 
     def transfer(
         self, segments: Sequence[Segment], settings: Settings, on_tick: Callable[[int], None] | None = None
@@ -97,19 +88,7 @@ class Replicas:
 
     def gather(self, num_bytes: int) -> tuple[int, ...]:
         """Every rank's number."""
-        return tuple(self._exchange(None, num_bytes))
-
-    def _exchange(self, error: Exception | None, note: Any) -> list[Any]:
-        """Give every rank's note to all, or raise the failure of the first rank that has one."""
-        outcomes: list[Any] = [None] * self._group.size()
-        distributed.all_gather_object(outcomes, (_pickled(error), note), group=self._group)
-        failure = next((failed for failed, _ in outcomes if failed is not None), None)
-        if failure is None:
-            return [noted for _, noted in outcomes]
-        if error is None:
-            error = pickle.loads(failure)
-        error.__dict__[_AGREED] = True
-        raise error
+        return tuple(exchange(num_bytes, self._group))
 
 
 def agreed(replicas: Replicas | None) -> AbstractContextManager[None]:
@@ -254,8 +233,7 @@ def _broadcast_together(tensors: list[torch.Tensor], source: int, group: distrib
 def _node_group(group: distributed.ProcessGroup) -> distributed.ProcessGroup:
     """The ranks of ``group`` on this node, as a group; all ranks ask at the same time."""
     if group not in _node_groups:
-        nodes: list[Any] = [None] * group.size()
-        distributed.all_gather_object(nodes, platform.node(), group=group)
+        nodes = exchange(platform.node(), group)
         members = [rank for rank, node in enumerate(nodes) if node == platform.node()]
         everybody = len(members) == group.size()
         ranks = [distributed.get_global_rank(group, rank) for rank in members]
@@ -271,15 +249,3 @@ def _device_types(group: distributed.ProcessGroup) -> set[str]:
 
 def _is_alive(group: distributed.ProcessGroup) -> bool:
     return group in distributed.distributed_c10d._world.pg_map
-
-
-def _pickled(error: Exception | None) -> bytes | None:
-    """An exception as bytes that surely become one again."""
-    if error is None:
-        return None
-    try:
-        data = pickle.dumps(error)
-        pickle.loads(data)
-    except Exception:
-        return pickle.dumps(CheckpointError(f"{type(error).__name__}: {error}"))
-    return data

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import distributed
 from torch.nn import Module
 
 from lightning_efficient_init.deferred import is_deferred, materialize, reseed, seeds
 from lightning_efficient_init.load.replicas import Replicas, replicas_over, replicate
+from lightning_efficient_init.rendezvous import exchange
 
 
 class HasReplicas:
@@ -24,8 +23,7 @@ def replicate_module(module: Module) -> None:
     """Make ``module`` one of equal ones: what is not written yet draws from rank 0's generators, on every rank."""
     assert distributed.group.WORLD is not None
     replicate(module, distributed.group.WORLD)
-    states: list[Any] = [seeds(module)]
-    distributed.broadcast_object_list(states)
+    states = exchange(seeds(module))
     if distributed.get_rank():
         reseed(module, states[0])
 

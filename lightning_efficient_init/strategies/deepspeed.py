@@ -28,6 +28,7 @@ from lightning_efficient_init.load.postponed import has_waiting, take_waiting
 from lightning_efficient_init.load.replicas import agreed
 from lightning_efficient_init.patching import ScopedPatch
 from lightning_efficient_init.precision import cast_module
+from lightning_efficient_init.rendezvous import exchange
 from lightning_efficient_init.sharding import is_partitioned, partition
 from lightning_efficient_init.strategies.sharded import ShardsModules
 
@@ -53,6 +54,7 @@ def make_partitions(module: Module, engine: Any, device: torch.device, *, is_emp
         else:
             wanted.append((ref, partial(partition, param, engine=engine)))
     evaluate_each(wanted, device)
+    exchange()  # what comes is DeepSpeed's to broadcast
     engine._convert_to_zero_parameters([p for p in module.parameters() if not is_partitioned(p)])
     move_whole(module, device)
     share_buffers(module)

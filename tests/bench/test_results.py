@@ -19,6 +19,7 @@ GB = 10**9
 
 def row(way, total_s, cache="warm", **changes):
     values = {"build_s": 0.5, "load_s": total_s - 0.5, "ends_on": "cpu", "device_bytes": 0, "host_bytes": GB}
+    values["device_end_bytes"] = 0
     return Row(way, cache, total_s=total_s, **{**values, "mapped_bytes": 0, "is_equal": None, **changes})
 
 
@@ -61,6 +62,22 @@ def test_shares_are_of_the_limit_that_fits_the_row(results):
 def test_a_value_that_differs_in_any_round_shows(results):
     results.rows.append(row("ours-load_raw", 1.0, is_equal=False))
     assert next(cells for cells in results.cells() if cells[0] == "ours-load_raw")[-1] == "differ"
+
+
+def test_ways_are_compared_with_those_they_stand_beside(results):
+    results.rows += [row("safetensors", 0.1), row("safetensors-copy", 4.0), row("accelerate", 5.0), row("lazy", 3.0)]
+    assert results.comparisons() == [
+        "ours-load_raw, warm: 4.50 times as fast as load_raw (load: 5.67)",
+        "ours-load_raw, warm: 1.50 times as fast as lazy (load: 1.67)",
+        # safetensors and accelerate end in the file's mapping
+        "ours-load_raw, warm: 2.00 times as fast as the fastest peer, safetensors-copy (load: 2.33)",
+    ]
+    assert "- ours-load_raw, warm: 4.50 times" in results.as_markdown()
+
+
+def test_results_are_read_back(results, tmp_path):
+    results.write(str(tmp_path))
+    assert Results.read(str(tmp_path / "bench.json")) == results
 
 
 def test_files_hold_every_row_and_what_did_not_run(results, tmp_path):

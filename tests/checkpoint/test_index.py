@@ -1,6 +1,7 @@
 """What is recognized, what is refused, and where the weights are."""
 
 import gc
+import io
 import os
 import threading
 
@@ -56,7 +57,7 @@ def test_the_weights_are_found(tmp_path, tree, key):
 
 def test_several_candidates_are_listed_and_one_may_be_named(tmp_path):
     path = save({"generator": WEIGHTS, "critic": WEIGHTS, "optimizer": OPTIMIZER}, tmp_path / "a.pt")
-    with pytest.raises(UnsupportedCheckpointError, match="'generator', 'critic'"):
+    with pytest.raises(UnsupportedCheckpointError, match=r"'generator', 'critic'.*fabric.load\(path, \{\"generator"):
         index_checkpoint(path)
     assert index_checkpoint(path, weights_key="critic").weights_key == "critic"
     tree = index_tree(path).tree
@@ -92,6 +93,37 @@ def test_a_missing_file_is_reported(tmp_path):
 @pytest.mark.parametrize("path", ["\0", "a" * 5000])
 def test_an_impossible_path_is_reported(path):
     with pytest.raises((CheckpointReadError, CheckpointNotFoundError)):
+        index_checkpoint(path)
+
+
+@pytest.mark.parametrize("path", ["file://{}/a.pt", "~/a.pt"])
+def test_paths_may_be_written_as_lightning_takes_them(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save(WEIGHTS, tmp_path / "a.pt")
+    assert index_checkpoint(path.format(tmp_path)).weights.keys() == WEIGHTS.keys()
+
+
+def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(WEIGHTS, tmp_path / "pytorch_model.bin")
+    assert index_checkpoint(".").weights.keys() == WEIGHTS.keys()
+    for path in ("", b"", "file://"):
+        with pytest.raises(CheckpointNotFoundError, match="an empty one"):
+            index_checkpoint(path)
+
+
+def test_a_url_is_refused_with_what_to_do(tmp_path, monkeypatch):
+    with pytest.raises(CheckpointNotFoundError, match=r"a URL\. Download it"):
+        index_checkpoint("s3://bucket/a.pt")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s3:" / "bucket").mkdir(parents=True)
+    save(WEIGHTS, tmp_path / "s3:" / "bucket" / "a.pt")
+    assert index_checkpoint("s3://bucket/a.pt").weights.keys() == WEIGHTS.keys()
+
+
+@pytest.mark.parametrize("path", [None, WEIGHTS, 3, io.BytesIO(), torch.nn.ReLU()])
+def test_what_is_no_path_is_refused_with_what_to_do(path):
+    with pytest.raises(TypeError, match=f"found {type(path).__name__}.*load_state_dict"):
         index_checkpoint(path)
 
 

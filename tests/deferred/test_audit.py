@@ -255,7 +255,7 @@ def test_allocate_takes_tensors_and_forget_drops_recipes():
     assert found.scale.is_meta
     forget([found.head.bias])
     assert not has_recipe(found.head.bias)
-    assert "head.bias" not in uninitialized_parameters(found)
+    assert "head.bias" in uninitialized_parameters(found)  # the memory tells by itself
     assert has_recipe(found.head.weight)
 
 

@@ -114,6 +114,28 @@ def test_two_keys_for_one_name_are_an_error_that_names_all_three(save, make_net)
         match_keys(["a", "_orig_mod.a"], ["a"], None)
 
 
+@pytest.mark.parametrize(
+    ("key_map", "message"),
+    [
+        (lambda key: False, "expected a name of the model for the key 'table', or None to drop it; found False"),
+        ({"mask": 3}, "for the key 'mask', or None to drop it; found 3"),
+        ([("mask", "scalar")], "expected a mapping or a function, found list"),
+    ],
+)
+def test_a_key_map_of_another_kind_is_refused(key_map, message, save, make_net):
+    with pytest.raises(TypeError, match=message):
+        load_checkpoint(make_net(), save(), key_map=key_map)
+
+
+def test_arguments_in_the_wrong_order_are_refused(save, make_net):
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Module, found .*Path. The path comes second"):
+        load_checkpoint(save(), make_net())
+    with pytest.raises(TypeError, match=r"host_buffer_bytes must be a number of bytes, found '1GiB'"):
+        load_checkpoint(make_net(), save(), host_buffer_bytes="1GiB")
+    with pytest.raises(TypeError, match=r"num_threads must be an integer or None, found 1\.5"):
+        load_checkpoint(make_net(), save(), num_threads=1.5)
+
+
 def test_strange_names_are_kept(tmp_path, bits):
     names = ["wei ght", "größe", "模型", "a/b", "_", "0", "x" * 3000]
     state = {name: torch.randn(3) for name in names}

@@ -239,8 +239,6 @@ def test_strategies_that_shard_parameters_refuse(name, library, tmp_path):
             with trainer.init_module():
                 model = Regression(width=32)
             trainer.fit(model, loader())
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def test_deepspeed_refuses_too():

@@ -1,0 +1,114 @@
+"""The look at a model when it is first used: what nobody has written by then is initialized, and named."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from lightning_efficient_init.deferred import audit, kept
+from lightning_efficient_init.deferred.materialize import initialize
+from lightning_efficient_init.errors import shorten
+
+_MOST_NAMES = 10
+
+
+class UninitializedParameterWarning(UserWarning):
+    """Parameters that nothing had written were initialized by their recipes at first use."""
+
+
+def watch(model: torch.nn.Module) -> None:
+    """At first use (a forward, or saving) initialize what nobody has written by then, with one warning.
+
+    The hooks remove themselves. Loading between now and the first use is normal, and silent. A model in which every
+    parameter has been written for sure is left alone. A deep copy is watched on its own account.
+    """
+    if not audit.is_pending(model):
+        return
+    hook = _Watch(model)
+    for module in model.modules():
+        module.register_forward_pre_hook(hook, prepend=True)  # before FSDP's
+        handle = module.register_state_dict_pre_hook(hook)
+        module._state_dict_pre_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]  # before FSDP's
+
+
+class _Watch:
+    """The hook of all modules of a watched model.
+
+    Args:
+        root: The model; None, where only a part of a watched model was copied, for whichever module is used.
+    """
+
+    def __init__(self, root: torch.nn.Module | None = None) -> None:
+        self._root = root
+        self._is_done = False
+
+    def __call__(self, module: torch.nn.Module, *_: Any) -> None:
+        if self._is_done:
+            return
+        if torch.compiler.is_compiling():  # hooks are traced
+            self._look_untraced(module)
+        else:
+            self._look(module)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # the public name for this imports all of torch._dynamo
+    def _look_untraced(self, module: torch.nn.Module) -> None:
+        self._look(module)
+
+    def _look(self, module: torch.nn.Module) -> None:
+        root = module if self._root is None else self._root
+        if _is_lent(root):
+            return
+        audit.check_recipes(root)
+        self._is_done = self._root is not None
+        self._remove(root, module)
+        _audit(root)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Watch:
+        if id(self) not in memo:
+            memo[id(self)] = made = _Watch(memo.get(id(self._root)))
+            made._is_done = self._is_done
+        return memo[id(self)]  # type: ignore[no-any-return]
+
+    def __reduce__(self) -> Any:
+        return _Watch, ()  # without the model, of which perhaps a part is pickled
+
+    def _remove(self, root: torch.nn.Module, used: torch.nn.Module) -> None:
+        for module in root.modules():
+            _drop(module._forward_pre_hooks, self)
+            hooks = module._state_dict_pre_hooks
+            # torch iterates over the hooks of the module that is being saved: one in the middle stays, and does nothing
+            if module is not used or (hooks and hooks[next(reversed(hooks))] is self):
+                _drop(hooks, self)
+
+
+def _drop(hooks: dict[int, Any], hook: _Watch) -> None:
+    for key in [key for key, value in hooks.items() if value is hook]:
+        del hooks[key]
+
+
+def _is_lent(model: torch.nn.Module) -> bool:
+    """Whether other tensors stand in for the parameters, as in `torch.func.functional_call`: it is not used itself."""
+    tensors = (t for module in model.modules() for t in module._parameters.values() if t is not None)
+    return not all(isinstance(tensor, torch.nn.Parameter) for tensor in tensors)
+
+
+def _audit(model: torch.nn.Module) -> None:
+    whole, part = audit.unwritten(model)
+    initialize(model, whole)
+    for param in model.parameters():
+        kept.forget(param)
+    messages = []
+    if whole:
+        messages.append(
+            f"{len(whole)} parameters had not been written by a checkpoint or by you at first use, "
+            f"and were initialized as their modules do it: {shorten(whole, _MOST_NAMES)}."
+        )
+    if part:
+        messages.append(
+            f"{len(part)} parameters have been written in part only, and the rest of their memory has undefined "
+            f"values: {shorten(part, _MOST_NAMES)}. Write all of it, or call `initialize` on them before you write."
+        )
+    if messages:
+        warnings.warn(" ".join(messages), UninitializedParameterWarning, stacklevel=4)
