@@ -33,6 +33,7 @@ BATCH_BYTES = 32 << 20
 MAX_BATCHES = 4
 
 
+@collections_paused()  # around the whole call: what it made along the way is gone before the collector looks
 def load_checkpoint(
     model: Module,
     path: str | os.PathLike[str],
@@ -84,7 +85,7 @@ def load_checkpoint(
     settings = Settings(host_buffer_bytes, num_threads)
     started = time.perf_counter()
     replicas = replicas_of(model)
-    with eager(), agreed(replicas), collections_paused():
+    with eager(), agreed(replicas):
         plan = plan_load(
             model, path, strict=strict, key_map=key_map, ignore_mismatched=ignore_mismatched, weights_only=weights_only
         )

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -49,17 +48,13 @@ class LoadPlan:
 
         Of a tensor that is sharded, this rank's part counts.
         """
-        parts = {name: part for name, tensor in self._tensors() if (part := part_of(tensor)) and not part.is_whole}
+        tensors = self.binding.tensors
+        parts = {name: part for name in self.entries if (part := part_of(tensors[name])) and not part.is_whole}
         whole = [entry for name, entry in self.entries.items() if name not in parts]
         num_part_bytes = {
-            id(self.binding.tensors[name]): part.memory.numel() * self.entries[name].dtype.itemsize
-            for name, part in parts.items()
+            id(tensors[name]): part.memory.numel() * self.entries[name].dtype.itemsize for name, part in parts.items()
         }
         return num_unique_bytes([*whole, *self.binding.read_by_calls]) + sum(num_part_bytes.values())
-
-    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name in self.entries:
-            yield name, self.binding.tensors[name]
 
 
 def plan_load(

@@ -41,6 +41,7 @@ __all__ = [
     "is_flat",
     "is_flattened",
     "is_partitioned",
+    "is_unmarked",
     "like_part",
     "mark_parts",
     "offloaded",
@@ -56,10 +57,15 @@ __all__ = [
 ]
 
 
+def is_unmarked(tensor: Any) -> bool:
+    """Whether ``tensor`` is an ordinary one that no engine has put a mark on: as nearly all are, often very many."""
+    return type(tensor) in ORDINARY and not tensor.__dict__
+
+
 def part_of(tensor: Any) -> Part | None:
     """The part of a tensor that this rank holds, None for one that is whole: a line for each engine."""
-    if type(tensor) in ORDINARY and not tensor.__dict__:
-        return None  # as nearly all, often very many: no engine has put a mark on it
+    if is_unmarked(tensor):
+        return None
     if is_dtensor(tensor):
         return block_of(tensor)
     if is_partitioned(tensor):
