@@ -15,6 +15,7 @@ import ctypes
 import pickle
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from types import FunctionType
 from typing import Any, TypeAlias
 
 import torch
@@ -100,7 +101,7 @@ def agree(refs: Iterable[Ref], device: torch.device, group: Any = None) -> None:
 
 def _agree_on_numbers(ops: list[Op], group: Any) -> None:
     """Compare what the operations are, and their numbers and constants; rank 0's count."""
-    prints = [(str(op.func), zlib.crc32(pickle.dumps(list(map(_content, _leaves(op)))))) for op in ops]
+    prints = [(_name_of(op.func), zlib.crc32(pickle.dumps(list(map(_content, _leaves(op)))))) for op in ops]
     mine = _digest([name for name, _ in prints]), _digest(prints)
     found = exchange(mine, group)
     if len({structure for structure, _ in found}) > 1:
@@ -155,8 +156,13 @@ def _from_first(value: Any, group: Any) -> Any:
     return box[0]
 
 
+def _name_of(func: Any) -> str:
+    """The same in every process: what ``str`` says of a Python function has an address in it."""
+    return f"{func.__module__}.{func.__qualname__}" if isinstance(func, FunctionType) else str(func)
+
+
 def _digest(value: Any) -> int:
-    return zlib.crc32(pickle.dumps(value))
+    return zlib.crc32(repr(value).encode())  # a pickle would tell equal strings from identical ones
 
 
 def _leaves(op: Op) -> Iterator[Any]:
