@@ -4,8 +4,8 @@ How it is counted. What stays is counted tensor by tensor: parameters (quantized
 buffers, gradients, and the optimizer's state, which is found by letting the optimizer step on a small parameter.
 What a load takes beside that follows from the pipeline: its ring on the host, and on the device one slot for each
 thread that casts, and the scratch of tensors that are quantized, or cannot be filled directly. A sharded rank has its
-share of all that, and beside it one block while loading; in a training step, two gathered blocks and what belongs to
-none.
+share of all that, and beside it one block while loading; in a training step, two gathered blocks with their gradients,
+and what belongs to none.
 
 Activations are not in it: they depend on the batch. Nor are the CUDA context and what an allocator keeps in reserve.
 """
@@ -58,6 +58,7 @@ PRECISIONS: Final = tuple(_DTYPES)
 _ALLOCATION_BYTES: Final = 512  # to a multiple of which CUDA's caching allocator rounds up
 _CUDA_HOST_BYTES: Final = 120 << 20  # beside the ring: kernels loaded at first use; an H100 machine with torch 2.11
 _ENTRY_BYTES: Final = 1800  # of an index and a plan, for each tensor
+_BUCKET_NUMEL: Final = 200_000_000  # ``reduce_bucket_size`` of Lightning's DeepSpeedStrategy
 _MAX_DEVICES: Final = 1024
 _QUANTIZED_BLOCK, _NESTED_BLOCK = 64, 256  # elements that share a scale in bitsandbytes' 4-bit layout
 
@@ -74,7 +75,8 @@ class MemoryPlan:
         device_type: "cuda" or "cpu".
         bytes_read: Read from files; ranks of a node that hold the same read an even share each, and hand it on.
         device: What is on the device after loading, and in training: "parameters", "buffers", "gradients", "optimizer
-            state"; and "communication", the buckets that DDP has from the moment it wraps a model.
+            state"; and "communication", the buckets that DDP has from the moment it wraps a model, and ZeRO-3 when it
+            takes over an optimizer.
         loading: What the device needs beside parameters and buffers, while loading.
         training: What the device needs beside all of ``device``, in a training step; activations not included.
         host: Growth of the host's anonymous memory while loading, at its highest. On a CPU, ``device`` is on the host,
@@ -223,7 +225,7 @@ def answer(model: Module, plan: LoadPlan | None, asked: Question) -> MemoryPlan:
         device={
             **(dict.fromkeys(stays, 0) if is_offloaded else stays),
             "buffers": sizes.buffers,
-            "communication": sizes.trainable if asked.strategy == "efficient_init_ddp" else 0,
+            "communication": sizes.trainable if asked.strategy == "efficient_init_ddp" else _bucket(sizes, asked),
         },
         loading=_scratch(sizes, plan, asked) + (sizes.largest_block if asked.strategy not in _REPLICATED else 0),
         training=0 if asked.optimizer is None else _in_training(sizes, asked, share),
@@ -300,6 +302,7 @@ class _Sizes:
         trainable = [p for key, p in parameters.items() if p.requires_grad and key not in quantized]
         self.trainable = sum(map(self._plain, trainable))
         self.gradients = self.trainable if asked.optimizer else 0
+        self.itemsize = max((self._dtype_of(parameter).itemsize for parameter in trainable), default=0)
         self.temporary_share = 0.0  # of the parameters that an optimizer steps at once
         self.optimizer_state = self._optimizer_state(trainable) if asked.optimizer else 0
         self.largest_trainable = max(map(self._plain, trainable), default=0)
@@ -329,7 +332,7 @@ class _Sizes:
         return -(-num_bytes // _ALLOCATION_BYTES) * _ALLOCATION_BYTES
 
     def _optimizer_state(self, trainable: Sequence[Parameter]) -> int:
-        """By dtype; DeepSpeed adds values in float32 where parameters are smaller, and keeps its state in float32."""
+        """By dtype; DeepSpeed trains a copy of the values in float32, whatever they are, and keeps its state so."""
         is_deepspeed = "deepspeed" in self._asked.strategy
         numel: Counter[torch.dtype] = Counter()
         for parameter in trainable:
@@ -339,7 +342,7 @@ class _Sizes:
             assert self._asked.optimizer is not None
             cost = _cost_of(self._asked.optimizer, torch.float32 if is_deepspeed else dtype, self._asked.device_type)
             self.temporary_share = max(self.temporary_share, cost.temporary / dtype.itemsize)
-            total += round(count * (cost.state + (4 if is_deepspeed and dtype.itemsize < 4 else 0)))
+            total += round(count * (cost.state + (4 if is_deepspeed else 0)))
         return total
 
     def _blocks(self, model: Module) -> tuple[int, int]:
@@ -440,13 +443,26 @@ def _host(plan: LoadPlan | None, asked: Question) -> int:
     return index + ring + (_CUDA_HOST_BYTES if asked.device_type == "cuda" else 0)
 
 
+def _bucket(sizes: _Sizes, asked: Question) -> int:
+    """What ZeRO-3 collects gradients in; on a CPU, memory that is never touched takes none."""
+    if asked.optimizer is None or "deepspeed" not in asked.strategy:
+        return 0
+    num_bytes = _BUCKET_NUMEL * sizes.itemsize
+    return num_bytes if asked.device_type == "cuda" else min(num_bytes, sizes.gradients)
+
+
 def _in_training(sizes: _Sizes, asked: Question, share: int) -> int:
-    """Beside weights, gradients and state: gathered blocks, or what an optimizer's step computes."""
+    """Beside weights, gradients and state: gathered blocks, or what an optimizer's step computes.
+
+    In a backward pass the block at hand and the next one are whole, and so are the gradients of the one at hand and of
+    the one that is being reduced; what is in no block stays whole throughout, its gradients too.
+    """
     # on CUDA torch steps all parameters at once; on a CPU one after the other
     at_once = _part_of(sizes.gradients, share) if asked.device_type == "cuda" else sizes.largest_trainable
     step = round(sizes.temporary_share * at_once)
-    gathered = 0 if asked.strategy in _REPLICATED else 2 * sizes.largest_block + sizes.rest
-    return max(gathered, step)
+    gathered = 0 if asked.strategy in _REPLICATED else 4 * sizes.largest_block + 2 * sizes.rest
+    reduced = min(_bucket(sizes, asked), sizes.gradients) if asked.num_devices > 1 else 0  # a copy for the other ranks
+    return max(gathered, step, reduced)
 
 
 def _part_of(num_bytes: int, share: int) -> int:

@@ -17,7 +17,8 @@ from torch import distributed
 
 from lightning_efficient_init.errors import EfficientInitError
 
-_AGREED = "_efficient_init_agreed"
+_AGREED = "_efficient_init_agreed"  # on exceptions: the groups whose ranks all know
+_LOST = "_efficient_init_lost"
 
 
 def is_alone(group: distributed.ProcessGroup | None = None) -> bool:
@@ -48,7 +49,7 @@ def agree(group: distributed.ProcessGroup | None = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not hasattr(error, _AGREED):
+        if _key(group) not in getattr(error, _AGREED, ()) and not hasattr(error, _LOST):
             _exchange(error, None, group)
         raise
     _exchange(None, None, group)
@@ -66,8 +67,12 @@ def _exchange(error: Exception | None, note: Any, group: distributed.ProcessGrou
         return [noted for _, noted in outcomes]
     if error is None:
         error = pickle.loads(failure)
-    error.__dict__[_AGREED] = True
+    error.__dict__[_AGREED] = {*getattr(error, _AGREED, ()), _key(group)}
     raise error
+
+
+def _key(group: distributed.ProcessGroup | None) -> int:
+    return id(distributed.group.WORLD if group is None else group)
 
 
 def _rank_lost(lost: RuntimeError) -> RuntimeError:
@@ -75,7 +80,7 @@ def _rank_lost(lost: RuntimeError) -> RuntimeError:
         f"Rank {distributed.get_rank()} waited for the others, and at least one of them has ended: its own output says "
         f"why, if it had the time. ({lost})"
     )
-    error.__dict__[_AGREED] = True  # there is nobody left to tell
+    error.__dict__[_LOST] = True  # there is nobody left to tell
     return error
 
 

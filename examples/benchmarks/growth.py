@@ -1,7 +1,7 @@
 """How the time to build and load grows: with the bytes of a model, and with the number of its tensors.
 
     python examples/benchmarks/growth.py                                     # 0.1B to 13B on a GPU
-    python examples/benchmarks/growth.py --models 0.1B 1B --gigabytes 0.2    # on anything
+    python examples/benchmarks/growth.py --models 0.1B 0.5B 1B --gigabytes 0.2    # on anything
 
 Left: models of growing size. A line is fitted, seconds = fixed part + bytes / rate; the fixed part is what a load costs
 however small it is. Right: the same bytes in 10, 1,000 and 100,000 tensors. Writes growth.json, and growth.svg drawn
@@ -79,7 +79,7 @@ def draw(sizes: list[dict[str, Any]], counts: list[dict[str, Any]], path: Path) 
     right.legend(fontsize=8)
     machine = (sizes or counts)[0]["machine"]
     figure.suptitle(f"{machine['device']}, {machine['cores']} cores, torch {machine['torch']}", fontsize=9)
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def main(arguments: list[str] | None = None) -> None:

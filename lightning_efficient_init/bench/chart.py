@@ -42,7 +42,7 @@ def draw(results: Results, folder: str, *, log: bool = False) -> list[str]:
     figure.suptitle(f"{results.title}; files {lines[0].cache}", fontsize=9)
     paths = [str(Path(folder) / f"bench.{kind}") for kind in ("png", "svg")]
     for path in paths:
-        figure.savefig(path, dpi=160)
+        figure.savefig(path, dpi=160, metadata={"Date": None} if path.endswith("svg") else None)
     return paths
 
 

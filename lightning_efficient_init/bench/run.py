@@ -115,6 +115,7 @@ class Bench:
         self._processes = FreshProcesses(start_method)
         task, machine = self._processes.run(partial(_look, options))
         self.results = Results(machine, task, options.rounds)
+        self._task = task  # with the paths of files that are written for it
         self._ways = self._runnable(chosen)
         if task.accelerator == "cpu":  # elsewhere some of them look for devices when they are imported
             self._processes.preload({package for way in self._ways.values() for package in way.packages})
@@ -156,13 +157,13 @@ class Bench:
         return self._processes.is_stopped
 
     def _prepare(self, folder: str) -> None:
-        task = self.results.task
+        task = self._task
         if not task.paths:
             forms = {way.form for way in self._ways.values()}
             check_space(folder, task.num_bytes, forms)
             self._say(f"writing {task.num_bytes * len(forms) / 1e9:.2f} GB of random weights")
-            self.results.task = replace(task, paths=self._in_time(partial(write_files, task, folder, forms)))
-        self._files = all_files(self.results.task)
+            self._task = replace(task, paths=self._in_time(partial(write_files, task, folder, forms)))
+        self._files = all_files(self._task)
         cache.warm(self._files)
 
     def _run_rounds(self) -> None:
@@ -207,7 +208,7 @@ class Bench:
     def _measure_limits(self, state: str) -> None:
         self._say(f"the machine's limits, {state}")
         self._set_cache(state)
-        task = self.results.task
+        task = self._task
         form, path = next(iter(task.paths.items()))
         files = safetensors_files(path) if form == "safetensors" else [path]
         if state == "cold":
@@ -230,7 +231,7 @@ class Bench:
             return
         try:
             self._set_cache(state)
-            row = self._in_time(partial(measure, name, self.results.task, state, check=check))
+            row = self._in_time(partial(measure, name, self._task, state, check=check))
         except TimeoutError:
             pass  # how often it did run is said at the end
         except StoppedError:

@@ -60,6 +60,7 @@ class _Archive:
         self._start = start
         self._zip = ZipArchive(file)
         self._root = self._find_root()
+        self._data_root = self._root + b"/data/"
         self._offsets: dict[Any, int] = {}
         self._check_byte_order()
 
@@ -87,7 +88,7 @@ class _Archive:
 
     def _find(self, storage: StoredStorage) -> int:
         key = storage.key.decode("latin1") if isinstance(storage.key, bytes) else str(storage.key)
-        member = self._zip.members.get(self._root + b"/data/" + key.encode("utf-8", "surrogatepass"))
+        member = self._zip.members.get(self._data_root + key.encode("utf-8", "surrogatepass"))
         if member is None:
             raise StorageError(
                 f"storage {shorten(key)!r} of {storage.num_bytes} bytes", "no such member in the archive"

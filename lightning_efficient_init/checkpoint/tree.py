@@ -41,11 +41,6 @@ class _Mapping:
     def __init__(self, leaf_type: type[Any] | tuple[type[Any], ...], replace: Callable[[Any, Path], Any]) -> None:
         self._leaf_type = leaf_type
         self._replace = replace
-        self._containers: tuple[tuple[type[Any], Callable[[Any, Path], Any]], ...] = (
-            (dict, self._visit_dict),
-            (list, self._visit_list),
-            (tuple, self._visit_tuple),
-        )
         self._seen: dict[int, tuple[Any, Any]] = {}  # id -> (the object, kept alive; what replaces it)
 
     def visit(self, node: Any, path: Path) -> Any:
@@ -56,10 +51,11 @@ class _Mapping:
             return seen[1]
         if isinstance(node, self._leaf_type):
             return self._remember(node, self._replace(node, path))
-        for container, visit in self._containers:
-            if isinstance(node, container):
-                return visit(node, path)
-        return self._visit_object(node, path)
+        if isinstance(node, dict):
+            return self._visit_dict(node, path)
+        if isinstance(node, list):
+            return self._visit_list(node, path)
+        return self._visit_tuple(node, path) if isinstance(node, tuple) else self._visit_object(node, path)
 
     def _remember(self, node: Any, result: Any) -> Any:
         self._seen[id(node)] = (node, result)

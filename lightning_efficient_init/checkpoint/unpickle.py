@@ -34,7 +34,7 @@ import pickle
 import re
 import struct
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Final
@@ -52,6 +52,7 @@ from lightning_efficient_init.errors import (
 
 MAX_PICKLE_BYTES: Final = 1 << 29
 _MAX_INSTRUCTIONS: Final = 1 << 25  # a tensor takes about 30
+_MAX_ITEMS: Final = 1 << 23  # done in one step each
 _MAX_KEY_PARTS: Final = 64
 _BLOCKED_MODULES: Final = frozenset({"sys", "os", "posix", "nt"})
 
@@ -283,7 +284,8 @@ class SafeUnpickler:
 
     def _start(self, pos: int, *, skips: bool) -> None:
         self.pos = pos
-        self._skips = skips  # what `_run_call` may leave out
+        self._skips = skips  # what `_rebuild` may leave out
+        self._num_items = 0
         self._memo: dict[int, Any] = {}
         self._stack: list[Any] = []
         self._outer: list[list[Any]] = []
@@ -321,8 +323,8 @@ class SafeUnpickler:
         """Runs instructions until the last one.
 
         Eleven of the 28 instructions that describe a tensor are written out here, ordered by how often they come, and
-        work on local variables; this halves the time. All others are methods, found in `_HANDLERS`. The arguments of
-        nearly all tensors, as torch writes them, are taken in one step by `_run_call`.
+        work on local variables; this halves the time. All others are methods, found in `_HANDLERS`. Nearly all items
+        of state dicts, as torch writes them, are taken in one step by `_run_items`, and other tensors by `_run_call`.
         """
         data, memo, end = self._data + _PADDING, self._memo, len(self._data)
         pos, stack = self.pos, self._stack
@@ -341,9 +343,7 @@ class SafeUnpickler:
             elif code == _BINGET and pos + 2 <= end:
                 stack.append(memo[data[pos + 1]])
                 pos += 2
-            elif (code == _BINUNICODE and self._run_item(pos + 5, pos + 5 + u32(data, pos + 1)[0])) or (
-                code == _MARK and data[pos + 1] == _MARK and stack and stack[-1] is _tensor_v2 and self._run_call(pos)
-            ):
+            elif code == _MARK and data[pos + 1] == _MARK and stack and stack[-1] is _tensor_v2 and self._run_call(pos):
                 pos = self.pos
             elif code == _MARK:
                 self._outer.append(stack)
@@ -378,40 +378,53 @@ class SafeUnpickler:
             )
         )
 
-    def _run_item(self, start: int, end: int) -> bool:
-        """Does in one step what puts an item of a state dict on the stack; False if something else is there.
+    def _run_items(self, start: int, end: int) -> bool:
+        """Does, each in one step, what puts items of a dict on the stack; False if something else is there.
 
-        That is the text between ``start`` and ``end``, the function `_tensor_v2`, and what `_run_call` does.
+        The first one begins with the text between ``start`` and ``end``.
         """
-        item = _ITEM.match(self._data, end) if self._skips else None
-        if item is None:
-            return False
-        name_put, function, *call = item.groups()
-        if self._memo[_number(function)] is not _tensor_v2 or (tensor := self._rebuild(*call)) is None:
-            return False
-        name = str(self._data[start:end], "utf-8", "surrogatepass")
-        self._memo[_U32.unpack(name_put)[0]] = name
-        self._stack += name, tensor
-        self.pos = item.end()
-        return True
+        data, first = self._data, start
+        while True:
+            item = (_TENSOR_ITEM.match(data, end) or _VERSION_ITEM.match(data, end)) if self._skips else None
+            value = None if item is None else self._value_of(item)
+            if item is None or value is None:
+                return start > first
+            self._memo[_U32.unpack(item[1])[0]] = name = str(data[start:end], "utf-8", "surrogatepass")
+            self._stack += name, value
+            self._num_items += 1
+            self._skips = self._num_items < _MAX_ITEMS  # after that, each instruction counts
+            self.pos = item.end()
+            start = self.pos + 5
+            if data[self.pos : self.pos + 1] != pickle.BINUNICODE:
+                return True
+            end = start + int.from_bytes(data[self.pos + 1 : start], "little")
+
+    def _value_of(self, item: re.Match[bytes]) -> Any:
+        """The tensor, or the module's version, that an item has; None if it is not what it looks like."""
+        memo = self._memo
+        if item.re is _TENSOR_ITEM:
+            _, function, *call = item.groups()
+            return self._rebuild(call) if memo[_number(function)] is _tensor_v2 else None
+        key = memo[_number(item[2])]
+        return {key: _number(item[3])} if type(key) is str else None
 
     def _run_call(self, pos: int) -> bool:
         """Does in one step what the instructions of `_CALL` do, which rebuild a tensor; False if there are others."""
         call = _CALL.match(self._data, pos) if self._skips else None
-        if call is None or (tensor := self._rebuild(*call.groups())) is None:
+        if call is None or (tensor := self._rebuild(call.groups())) is None:
             return False
         self._stack[-1] = tensor
         self.pos = call.end()
         return True
 
-    def _rebuild(self, kind: bytes, storage: bytes, num_key: bytes, key: bytes, *rest: bytes) -> StoredTensor | None:
-        """Rebuilds a tensor, as `_CALL` has it; None if its instructions are not what they look like.
+    def _rebuild(self, call: Sequence[Any]) -> StoredTensor | None:
+        """Rebuilds a tensor from what varies in `_CALL`; None if its instructions are not what they look like.
 
         In one step it takes a third of the time. Of the seven values that go to the memo two can be asked for again in
         a pickle that torch wrote: the storage's key and the tensor. The others, which are new objects each time, are
         left out; if one is asked for nevertheless, `load` starts again without this.
         """
-        key_put, numel, offset, shape, stride, hooks, tensor_put = rest
+        kind, storage, num_key, key, key_put, numel, offset, shape, stride, hooks, tensor_put = call
         memo, layout, name = self._memo, _layout_of(offset, shape, stride), key.decode()
         if num_key[0] != len(key) or layout is None or memo[_number(hooks)] is not _ordered_dict:
             return None
@@ -443,7 +456,9 @@ class SafeUnpickler:
     # --- Values
 
     def _push_text(self) -> None:
-        self._push_sized_text(_U32.unpack(self._take(4))[0])
+        num_bytes = _U32.unpack(self._take(4))[0]
+        if not self._run_items(self.pos, self.pos + num_bytes):
+            self._push_sized_text(num_bytes)
 
     def _push_short_text(self) -> None:
         self._push_sized_text(self._take(1)[0])
@@ -660,8 +675,8 @@ def _type_name(value: Any) -> str:
 
 
 _U16, _U32, _I32, _F64 = struct.Struct("<H"), struct.Struct("<I"), struct.Struct("<i"), struct.Struct(">d")
-_BINPUT, _LONG_BINPUT, _BINGET, _BININT1, _BINUNICODE = (
-    code[0] for code in (pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.BININT1, pickle.BINUNICODE)
+_BINPUT, _LONG_BINPUT, _BINGET, _BININT1 = (
+    code[0] for code in (pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.BININT1)
 )
 _MARK, _TUPLE, _TUPLE2, _STOP = (code[0] for code in (pickle.MARK, pickle.TUPLE, pickle.TUPLE2, pickle.STOP))
 
@@ -677,7 +692,9 @@ _REBUILD_CALL: Final = (
     rb"(" + _INT + rb")" + _INTS + _INTS + rb"[\x88\x89]" + _GET + rb"\)Rr....tr....R" + _PUT
 )
 _CALL: Final = re.compile(_REBUILD_CALL, re.DOTALL)
-_ITEM: Final = re.compile(_PUT + _GET + _REBUILD_CALL, re.DOTALL)  # what follows the text of a name
+# What follows the text of a name in a state dict, and in its `_metadata`, where it is {"version": number}.
+_TENSOR_ITEM: Final = re.compile(_PUT + _GET + _REBUILD_CALL, re.DOTALL)
+_VERSION_ITEM: Final = re.compile(_PUT + rb"}r...." + _GET + rb"(" + _INT + rb")s", re.DOTALL)
 
 
 @lru_cache(maxsize=1 << 16)

@@ -31,7 +31,7 @@ from lightning_efficient_init.errors import CorruptCheckpointError, UnsupportedC
 MAGIC: Final = b"PK\x03\x04"
 
 _LOCAL: Final = struct.Struct("<4sHHHHHIIIHH")
-_CENTRAL: Final = struct.Struct("<4sHHHHHHIIIHHHHHII")
+_CENTRAL: Final = struct.Struct("<4s4xHH8xIIHHH8xI")  # without versions, times, CRC and attributes
 _END: Final = struct.Struct("<4sHHHHIIH")
 _END64_LOCATOR: Final = struct.Struct("<4sIQI")
 _END64: Final = struct.Struct("<4sQHHIIQQQQ")
@@ -181,14 +181,13 @@ class ZipArchive:
         if at + _CENTRAL.size > len(directory):
             raise self._corrupt("whole records in the zip directory", "part of one")
         fields = _CENTRAL.unpack_from(directory, at)
-        flags, method = fields[3], fields[4]
-        packed, unpacked, name_len, extra_len, comment_len = fields[8:13]
-        header_offset = fields[16]
-        name_end = at + _CENTRAL.size + name_len
+        magic, flags, method, packed, unpacked, name_len, extra_len, comment_len, header_offset = fields
+        name_start = at + _CENTRAL.size
+        name_end = name_start + name_len
         following = name_end + extra_len + comment_len
-        if fields[0] != b"PK\x01\x02" or following > len(directory):
+        if magic != b"PK\x01\x02" or following > len(directory):
             raise self._corrupt("whole records in the zip directory", "a damaged one")
-        name = directory[at + _CENTRAL.size : name_end]
+        name = directory[name_start:name_end]
         if _USE_ZIP64 in (unpacked, packed, header_offset):
             extra = directory[name_end : name_end + extra_len]
             unpacked, packed, header_offset = self._widen(extra, (unpacked, packed, header_offset))

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default=default.model,
-        help="tiny (the default), 0.1B, 1B, 7B, 13B; many or 100000x10000 (tensors x elements); a litgpt "
+        help="tiny (the default), 0.1B, 0.5B, 1B, 7B, 13B; many or 100000x10000 (tensors x elements); a litgpt "
         "configuration, a Hugging Face name or folder, or MODULE:CALLABLE",
     )
     parser.add_argument("--checkpoint", help="existing weights of that model; by default random ones are written")

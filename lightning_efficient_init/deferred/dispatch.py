@@ -67,11 +67,11 @@ class Dispatch(TorchDispatchMode):
             return traits.func(*args, **kwargs)  # the user's own meta tensors
         for tensor in tensors:
             self._recorder.refresh(tensor)
-        return self._real(traits, args, kwargs)
+        return self._real(traits, args, kwargs, is_constant=not tensors)
 
     # -- on real tensors
 
-    def _real(self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _real(self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any], *, is_constant: bool) -> Any:
         if not self._recorder.paused and traits.is_factory and not kwargs.get("pin_memory"):
             return self._factory(traits, args, kwargs)
         if traits.is_random:
@@ -82,6 +82,8 @@ class Dispatch(TorchDispatchMode):
             out = traits.func(*args, **kwargs)
             self._tape.write_constant(out)
             return out
+        if is_constant and traits.is_constant:
+            return self._tape.run_constant(traits, args, kwargs)
         return self._tape.run(traits, args, kwargs)
 
     def _real_random(self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -29,6 +29,9 @@ LIKE: dict[Any, Any] = {
     aten.rand_like.default: aten.uniform_.default,
     aten.randn_like.default: aten.normal_.default,
 }
+_CONSTANTS = {aten.zeros.default, aten.ones.default, aten.full.default, aten.scalar_tensor.default}
+_CONSTANTS |= {aten.arange.default, aten.arange.start, aten.arange.start_step, aten.eye.default, aten.eye.m}
+_CONSTANTS |= {aten.linspace.default}
 _LIFTS = {aten.lift_fresh.default, aten.lift.default}
 _SETS = {aten.set_.source_Tensor, aten.set_.source_Storage, aten.set_.source_Storage_storage_offset, aten.set_.default}
 _SETS |= {aten.set_.source_Tensor_storage_offset}
@@ -53,11 +56,13 @@ class Traits:
         is_fill: It writes its first argument without looking at what is there.
         is_empty: A factory of memory without values.
         is_factory: A factory of memory without, or with random values.
+        is_constant: A factory whose values follow from its arguments, which are no tensors.
         is_like: It needs the shape of its first argument only.
         is_lift: It makes a tensor of Python's numbers.
         is_set: It exchanges memory.
         wants_values: It answers with something that is no tensor.
         is_in_place: It returns its first argument, the only one that it writes.
+        takes_dtype: It has an argument of this name.
         writes: Position and name of the arguments that it writes.
     """
 
@@ -69,11 +74,13 @@ class Traits:
     is_fill: bool
     is_empty: bool
     is_factory: bool
+    is_constant: bool
     is_like: bool
     is_lift: bool
     is_set: bool
     wants_values: bool
     is_in_place: bool
+    takes_dtype: bool
     writes: tuple[tuple[int, str], ...]
 
 
@@ -99,11 +106,13 @@ def _look_at(func: Any) -> Traits:
         is_fill=func in _FILLS,
         is_empty=func in _EMPTY,
         is_factory=func in _EMPTY | _RANDOM_FACTORIES,
+        is_constant=func in _CONSTANTS,
         is_like=func in LIKE,
         is_lift=func in _LIFTS,
         is_set=func in _SETS,
         wants_values=func in _VALUES,
         is_in_place=_is_in_place(func, writes),
+        takes_dtype=_takes_dtype(func),
         writes=writes,
     )
 
@@ -116,6 +125,11 @@ def _writes(func: Any) -> tuple[tuple[int, str], ...]:
     if func in _UNDECLARED_WRITES:
         return tuple((i, name) for i, name, _ in named if name in ("running_mean", "running_var"))
     return tuple((i, name) for i, name, alias in named if alias is not None and alias.is_write)
+
+
+def _takes_dtype(func: Any) -> bool:
+    schema = getattr(func, "_schema", None)
+    return schema is not None and any(argument.name == "dtype" for argument in schema.arguments)
 
 
 def _is_in_place(func: Any, writes: tuple[tuple[int, str], ...]) -> bool:

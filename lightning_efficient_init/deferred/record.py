@@ -332,7 +332,7 @@ class Recorder:
             recipe = None if data.is_meta else recipe_of(data)
         if recipe is None or recipe.external or not recipe.ops:
             return data
-        with parameter.undisturbed():
+        with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():  # a tenth of `undisturbed`'s time
             storage = torch.empty(recipe.num_bytes, dtype=torch.uint8, device=META).untyped_storage()
             attach(storage, recipe)
             recipe.real = weakref.ref(data.untyped_storage())

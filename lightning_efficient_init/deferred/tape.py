@@ -112,6 +112,17 @@ class Tape:
         self._write_real(Op(traits.func, op_args, op_kwargs, CPU), reads, args, kwargs, out)
         return out
 
+    def run_constant(self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The short way for a factory of a new tensor from numbers alone, such as ``zeros``."""
+        out = traits.func(*args, **kwargs)
+        if not is_strided(out):
+            return out
+        recipe = self.new_recipe(out, out.device)
+        op = Op(traits.func, args, kwargs, out.device, (), (recipe,), (Ref.to(out, recipe),), overwrites=True)
+        _fix_dtype(op, out)
+        recipe.ops.append(op)
+        return out
+
     def run_random(
         self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device, *, is_kept: bool
     ) -> Any:
@@ -206,8 +217,7 @@ def template(
 
 def _fix_dtype(op: Op, out: torch.Tensor) -> None:
     """Write down the dtype that a factory took from the default, which may be another one at replay."""
-    names = (argument.name for argument in op.func._schema.arguments)  # type: ignore[attr-defined]
-    if op.kwargs.get("dtype") is None and "dtype" in names:
+    if op.kwargs.get("dtype") is None and traits_of(op.func).takes_dtype:
         op.kwargs = {**op.kwargs, "dtype": out.dtype}
 
 

@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.plugins.precision import Precision
 from lightning.fabric.strategies import ModelParallelStrategy
 from lightning.fabric.utilities.types import _PATH
 from torch.nn import Module
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 from lightning_efficient_init.fabric.streaming import StreamsCheckpoints
 from lightning_efficient_init.lightning_checkpoint import is_streamable
 from lightning_efficient_init.strategies.fsdp2 import SizesMesh, check_parallelized, shard_blocks
-from lightning_efficient_init.strategies.sharded import ShardsModules, sharded_init_context
+from lightning_efficient_init.strategies.sharded import ShardsModules, refuse_quantized, sharded_init_context
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -57,6 +58,16 @@ class EfficientFSDP2Strategy(ShardsModules, SizesMesh, StreamsCheckpoints, Model
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
+
+    @property
+    def precision(self) -> Precision:
+        """The plugin, which must not quantize."""
+        return super().precision
+
+    @precision.setter
+    def precision(self, precision: Precision | None) -> None:
+        refuse_quantized(getattr(precision, "quantize", None))
+        ModelParallelStrategy.precision.fset(self, precision)  # type: ignore[attr-defined]
 
     @contextmanager
     def module_init_context(self, empty_init: bool | None = None) -> Iterator[None]:

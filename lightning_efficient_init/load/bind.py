@@ -26,7 +26,7 @@ from lightning_efficient_init.load import own_code
 from lightning_efficient_init.load.keys import strip_wrappers
 from lightning_efficient_init.quantize import QuantizedLayer, QuantizedParameter
 from lightning_efficient_init.quantize.state import adopt, find, full_shape
-from lightning_efficient_init.sharding import FLAT_NAME, is_partitioned, shown_whole, stand_ins
+from lightning_efficient_init.sharding import FLAT_NAME, is_partitioned, is_unmarked, shown_whole, stand_ins
 from lightning_efficient_init.sinks import obstacle, shape_of
 
 Shape = tuple[int, ...]
@@ -203,8 +203,10 @@ def _bind_by_name(tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any],
 
 def _fits_plainly(tensor: torch.Tensor, value: Any) -> bool:
     """Whether ``value`` is what nearly all are: an entry in one piece, of the tensor's shape."""
-    is_whole = type(value) is Entry and not value.chunks
-    return is_whole and value.shape == shape_of(tensor) and not _is_expanded(tensor)
+    if type(value) is not Entry or value.chunks:
+        return False
+    shape = tensor.shape if is_unmarked(tensor) else shape_of(tensor)
+    return value.shape == shape and not _is_expanded(tensor)
 
 
 def _bind_special(

@@ -25,7 +25,7 @@ from lightning_efficient_init.load.postponed import must_wait, postpone
 from lightning_efficient_init.load.replicas import Replicas, agreed, replicas_of
 from lightning_efficient_init.load.report import LoadReport, Meter
 from lightning_efficient_init.quantize import parts_of
-from lightning_efficient_init.sharding import part_of, refresh
+from lightning_efficient_init.sharding import copies_of, is_engine, part_of, refresh, refresh_engine
 from lightning_efficient_init.sinks import Segment, Sink, sinks_for
 
 # Scratch memory on the device, together 128 MiB. Four batches keep a dozen threads busy while one is worked on.
@@ -33,6 +33,7 @@ BATCH_BYTES = 32 << 20
 MAX_BATCHES = 4
 
 
+@collections_paused()  # around the whole call: what it made along the way is gone before the collector looks
 def load_checkpoint(
     model: Module,
     path: str | os.PathLike[str],
@@ -84,11 +85,14 @@ def load_checkpoint(
     settings = Settings(host_buffer_bytes, num_threads)
     started = time.perf_counter()
     replicas = replicas_of(model)
-    with eager(), agreed(replicas), collections_paused():
+    with eager(), agreed(replicas):
         plan = plan_load(
             model, path, strict=strict, key_map=key_map, ignore_mismatched=ignore_mismatched, weights_only=weights_only
         )
-        return run_plan(plan, settings, progress=progress, mmap=mmap, started=started, replicas=replicas)
+        report = run_plan(plan, settings, progress=progress, mmap=mmap, started=started, replicas=replicas)
+    if is_engine(model):
+        refresh_engine(model)
+    return report
 
 
 def run_plan(
@@ -140,7 +144,10 @@ def _write(
         else:
             sharing = replicas and replicas.confirm([_work(writes.waves), settings])
             for wave in writes.waves:
-                stream(_sinks(write for write in wave if write.is_sharded), settings, meter)
+                sharded = [write for write in wave if write.is_sharded]
+                copies = sharing and _copies([write.tensor for write in sharded], sharing)
+                with agreed(copies):
+                    stream(_sinks(sharded), settings, meter, copies)
                 stream(_sinks(write for write in wave if not write.is_sharded), settings, meter, sharing)
         _note_writes([write.tensor for write in all_writes])
         refresh(write.tensor for write in all_writes if write.part is not None)
@@ -155,6 +162,13 @@ def _write(
         raise
     forget(tensors[name] for name in (*binding.entries, *binding.values))
     return tuple(names)
+
+
+def _copies(tensors: Sequence[torch.Tensor], replicas: Replicas) -> Replicas | None:
+    """The ranks with the same parts as this one of all of some tensors, where a mesh repeats them along one axis."""
+    groups = {id(group): group for group in map(copies_of, tensors)}
+    group = next(iter(groups.values())) if len(groups) == 1 else None
+    return None if group is None else Replicas(group, replicas)
 
 
 def _copy_value(tensor: torch.Tensor, value: torch.Tensor) -> None:

@@ -11,14 +11,14 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_efficient_init.checkpoint import Entry, LazyTensor
-from lightning_efficient_init.errors import StateDictMismatchError, shorten
+from lightning_efficient_init.errors import StateDictMismatchError, UnsupportedCheckpointError, shorten
 from lightning_efficient_init.load.keys import strip_wrappers
 from lightning_efficient_init.load.load import stream
 from lightning_efficient_init.load.pipeline import Settings
 from lightning_efficient_init.load.replicas import Replicas
 from lightning_efficient_init.load.report import Meter
 from lightning_efficient_init.load.tree import read_tree
-from lightning_efficient_init.sharding import is_flattened, like_part, part_of
+from lightning_efficient_init.sharding import is_flat, is_flattened, like_part, part_of
 from lightning_efficient_init.sinks import Sink, sink_for_part
 
 
@@ -52,8 +52,10 @@ def read_optimizer_state(
 
     Raises:
         StateDictMismatchError: The optimizer has other parameters than the one that was saved.
+        UnsupportedCheckpointError: The optimizer knows flat parameters alone, of which nothing has been saved.
     """
     params = [param for group in optimizer.param_groups for param in group["params"]]
+    _refuse_flat(params, path)
     saved = _match(tree, params, model, path)
     sinks: list[Sink] = []
     num_bytes = 0
@@ -79,6 +81,16 @@ def read_optimizer_state(
     for number, values in read_tree(rest, device, replicas=replicas).items():
         state[number] |= values
     return {"state": {n: s for n, s in state.items() if s}, "param_groups": list(_groups(optimizer, saved, device))}
+
+
+def _refuse_flat(params: list[torch.Tensor], path: str) -> None:
+    flat = sum(is_flat(param) for param in params)
+    if flat:
+        raise UnsupportedCheckpointError(
+            f"{path}: expected an optimizer of the model's own parameters, found one of {flat} flat parameters, into "
+            "which FSDP has put them: a checkpoint knows states by the former. Choose the strategy with "
+            "use_orig_params=True, its default, or load the model alone."
+        )
 
 
 def _match(tree: Mapping[str, Any], params: list[torch.Tensor], model: Module, path: str) -> list[_Saved]:

@@ -65,16 +65,16 @@ def order_writes(tensors: Mapping[str, torch.Tensor], binding: Binding) -> Write
     names = [name for name in binding.tensors if name in entries or name in values]
     if len({id(tensors[name]) for name in names}) < len(names):
         names = _last(names, lambda name: id(tensors[name]))
-    parts = {name: part_of(tensors[name]) for name in names}
+    parts = {name: part for name in names if (part := part_of(tensors[name])) is not None}
     late: set[str] = set()
     dropped: set[str] = set()
-    for group in _overlapping(tensors, [name for name in names if parts[name] is None]):
+    for group in _overlapping(tensors, [name for name in names if name not in parts]):
         first, *others = _last(group, lambda name: _memory_key(tensors[name]))
         late.update(others)
         dropped.update({*group} - {first, *others})
     if dropped:
         names = [name for name in names if name not in dropped]
-    writes = [Write(name, tensors[name], parts[name], entries[name]) for name in names if name in entries]
+    writes = [Write(name, tensors[name], parts.get(name), entries[name]) for name in names if name in entries]
     waves = [[write for write in writes if write.name not in late], *([w] for w in writes if w.name in late)]
     return Writes(waves, [(tensors[name], values[name]) for name in names if name in values])
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,7 +15,7 @@ from lightning_efficient_init.garbage import collections_paused
 from lightning_efficient_init.load.bind import Binding, Shape, StateTree, bind
 from lightning_efficient_init.load.extents import num_unique_bytes
 from lightning_efficient_init.load.keys import KeyMap, match_keys, rename_modules
-from lightning_efficient_init.sharding import is_engine, part_of
+from lightning_efficient_init.sharding import is_engine, mark_parts, part_of
 
 _WRAPPED_AS = ("_original_module", "_orig_mod")  # by Fabric, by torch.compile
 
@@ -49,17 +48,13 @@ class LoadPlan:
 
         Of a tensor that is sharded, this rank's part counts.
         """
-        parts = {name: part for name, tensor in self._tensors() if (part := part_of(tensor)) and not part.is_whole}
+        tensors = self.binding.tensors
+        parts = {name: part for name in self.entries if (part := part_of(tensors[name])) and not part.is_whole}
         whole = [entry for name, entry in self.entries.items() if name not in parts]
         num_part_bytes = {
-            id(self.binding.tensors[name]): part.memory.numel() * self.entries[name].dtype.itemsize
-            for name, part in parts.items()
+            id(tensors[name]): part.memory.numel() * self.entries[name].dtype.itemsize for name, part in parts.items()
         }
         return num_unique_bytes([*whole, *self.binding.read_by_calls]) + sum(num_part_bytes.values())
-
-    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name in self.entries:
-            yield name, self.binding.tensors[name]
 
 
 def plan_load(
@@ -108,6 +103,7 @@ def plan_part(
 ) -> LoadPlan:
     """Plan the load of the weights under ``key`` in an indexed checkpoint, or of its only weights."""
     model = unwrap(model)
+    mark_parts(model)
     weights = weights_of(checkpoint.tree, key, path=checkpoint.path)
     with collections_paused():
         tree = StateTree.of(model, settled=True)

@@ -48,13 +48,12 @@ class Replicas:
 
     Args:
         group: All ranks that hold them.
-
+        whole: The ranks that load together, of which these are some: what these save is counted there.
     """
 
-    def __init__(self, group: distributed.ProcessGroup) -> None:
+    def __init__(self, group: distributed.ProcessGroup, whole: Replicas | None = None) -> None:
         self._group = group
-        self._common_bytes = 0
-        self._own_bytes = 0
+        self._saved_bytes: list[int] = [] if whole is None else whole._saved_bytes
 
     def agree(self) -> AbstractContextManager[None]:
         """What is raised inside on one rank is raised on all; a context for all ranks of the group to enter."""
@@ -71,19 +70,19 @@ class Replicas:
         """As `pipeline.transfer`, for the same segments on every rank: each byte is read by one rank of the node."""
         node = _node_group(self._group)
         reach = _device_types(node)
-        shares = divide([segment for segment in segments if segment.dest.device.type in reach], node.size())
-        mine = [segment for segment in segments if segment.dest.device.type not in reach] + shares[node.rank()]
-        self._common_bytes += num_segment_bytes(segments)
-        self._own_bytes += num_segment_bytes(mine)
+        common = [s for s in segments if s.memory.device.type in reach and not s.row_bytes]
+        rest = [s for s in segments if s.memory.device.type not in reach or s.row_bytes]
+        shares = divide(common, node.size())
+        self._saved_bytes.append(num_segment_bytes(common) - num_segment_bytes(shares[node.rank()]))
         with self.agree():
-            num_read = transfer(mine, settings, on_tick)
+            num_read = transfer(rest + shares[node.rank()], settings, on_tick)
         _broadcast(shares, node)
         return num_read
 
     def num_bytes_read(self, num_bytes: int) -> int:
         """What this rank read where ``num_bytes`` were needed, since this was last asked."""
-        saved = self._common_bytes - self._own_bytes
-        self._common_bytes = self._own_bytes = 0
+        saved = sum(self._saved_bytes)
+        self._saved_bytes.clear()
         return num_bytes - saved
 
     def gather(self, num_bytes: int) -> tuple[int, ...]:

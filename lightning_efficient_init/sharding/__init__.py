@@ -6,8 +6,15 @@ from typing import Any
 
 import torch
 
-from lightning_efficient_init.sharding.dtensor import ORDINARY, block_of, give_local_memory, is_dtensor, like_dtensor
-from lightning_efficient_init.sharding.fsdp import FLAT_NAME, is_flattened, mark_parts, stand_ins, stretch_of
+from lightning_efficient_init.sharding.dtensor import (
+    ORDINARY,
+    block_of,
+    give_local_memory,
+    is_dtensor,
+    like_dtensor,
+    repeated_over,
+)
+from lightning_efficient_init.sharding.fsdp import FLAT_NAME, is_flat, is_flattened, mark_parts, stand_ins, stretch_of
 from lightning_efficient_init.sharding.fully_shard import offloaded, settle
 from lightning_efficient_init.sharding.part import Block, Part, Rows, Stretch
 from lightning_efficient_init.sharding.zero3 import (
@@ -16,6 +23,7 @@ from lightning_efficient_init.sharding.zero3 import (
     partition,
     partition_of,
     refresh,
+    refresh_engine,
     shown_whole,
 )
 
@@ -25,18 +33,22 @@ __all__ = [
     "Part",
     "Rows",
     "Stretch",
+    "copies_of",
     "give_local_memory",
     "has_parts",
     "is_dtensor",
     "is_engine",
+    "is_flat",
     "is_flattened",
     "is_partitioned",
+    "is_unmarked",
     "like_part",
     "mark_parts",
     "offloaded",
     "part_of",
     "partition",
     "refresh",
+    "refresh_engine",
     "settle",
     "shape_of",
     "shown_whole",
@@ -45,10 +57,15 @@ __all__ = [
 ]
 
 
+def is_unmarked(tensor: Any) -> bool:
+    """Whether ``tensor`` is an ordinary one that no engine has put a mark on: as nearly all are, often very many."""
+    return type(tensor) in ORDINARY and not tensor.__dict__
+
+
 def part_of(tensor: Any) -> Part | None:
     """The part of a tensor that this rank holds, None for one that is whole: a line for each engine."""
-    if type(tensor) in ORDINARY and not tensor.__dict__:
-        return None  # as nearly all, often very many: no engine has put a mark on it
+    if is_unmarked(tensor):
+        return None
     if is_dtensor(tensor):
         return block_of(tensor)
     if is_partitioned(tensor):
@@ -62,6 +79,11 @@ def shape_of(tensor: Any) -> tuple[int, ...]:
     """The shape of the whole tensor of which ``tensor`` is this rank's part."""
     part = None if is_dtensor(tensor) else part_of(tensor)
     return tuple(tensor.shape) if part is None else part.shape
+
+
+def copies_of(tensor: Any) -> torch.distributed.ProcessGroup | None:
+    """The ranks that hold the same part of ``tensor``, if they are one axis of a mesh that is cut along another."""
+    return repeated_over(tensor) if is_dtensor(tensor) else None
 
 
 def like_part(param: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -44,6 +44,15 @@ def block_of(tensor: DTensor) -> Block:
     return Block(shape, tuple(kept), tensor._local_tensor, is_whole=all(mesh.size(axis) == 1 for axis in cuts))
 
 
+def repeated_over(tensor: DTensor) -> torch.distributed.ProcessGroup | None:
+    """The ranks with the same part, where exactly one axis of the mesh repeats what others cut."""
+    mesh = tensor.device_mesh
+    axes = [
+        axis for axis, placement in enumerate(tensor.placements) if placement.is_replicate() and mesh.size(axis) > 1
+    ]
+    return mesh.get_group(axes[0]) if len(axes) == 1 and mesh.get_coordinate() is not None else None
+
+
 def give_local_memory(tensor: DTensor, local: torch.Tensor) -> None:
     """Let the object ``tensor`` hold ``local``; whoever refers to it sees that, and nothing is copied."""
     from torch.distributed.tensor import DTensor  # noqa: PLC0415 (imported already, or there were no DTensors)

@@ -49,14 +49,20 @@ def mark_parts(module: Module) -> None:
         for (owner, name), index in (*index_of.items(), *shared.items()):
             param = owner._parameters.get(name)
             if param is None:  # a stand-in, the same one for all names of a tied parameter
-                made = stands.setdefault(index, torch.empty(0, dtype=flat.dtype, device=flat.device))
-                param = _stand_ins.setdefault(owner, {})[name] = made
+                known = _stand_ins.setdefault(owner, {})
+                made = stands.setdefault(index, known.get(name, torch.empty(0, dtype=flat.dtype, device=flat.device)))
+                param = known[name] = made
             param.__dict__[_MARK] = _Place(weakref.ref(handle), index)
 
 
 def stand_ins(module: Module) -> dict[str, torch.Tensor]:
     """What stands for the parameters that ``module`` itself has lost to flat ones, by name."""
     return _stand_ins.get(module, {})
+
+
+def is_flat(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` is one of FSDP's own, made of several parameters."""
+    return bool(getattr(tensor, "_is_flat_param", False))
 
 
 def is_flattened(tensor: torch.Tensor) -> bool:

@@ -75,6 +75,16 @@ def partition(param: Any, whole: torch.Tensor, engine: Any) -> None:
     param.ds_tensor[kept:].zero_()
 
 
+def refresh_engine(engine: Any) -> None:
+    """After a model was written that an engine of stage 1 or 2 leaves whole: let its optimizer start from that.
+
+    It trains a master copy, also in float32, and overwrites the model's parameters with it at each step.
+    """
+    refresh_masters = getattr(engine.optimizer, "refresh_fp32_params", None)
+    if refresh_masters is not None and not any(map(is_partitioned, engine.parameters())):
+        refresh_masters()
+
+
 def refresh(params: Iterable[Any]) -> None:
     """After partitions were written: drop copies that were gathered from them, let optimizers start from them."""
     optimizers: dict[int, Any] = {}

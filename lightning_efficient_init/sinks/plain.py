@@ -16,6 +16,7 @@ from lightning_efficient_init.checkpoint import Entry
 from lightning_efficient_init.sinks.sink import Segment, Sink
 
 PLAIN_TYPES = (torch.Tensor, Parameter, Buffer)
+_COMPLEX = frozenset({torch.complex32, torch.complex64, torch.complex128})
 
 
 def plain_sink(name: str, tensor: torch.Tensor, entry: Entry) -> Sink:
@@ -84,6 +85,6 @@ def _is_direct(tensor: torch.Tensor, entry: Entry) -> bool:
         and tensor.layout is torch.strided
         and tensor.is_contiguous()
         and entry.is_contiguous
-        and not (dtype.is_complex and tensor.is_conj())
+        and not (dtype in _COMPLEX and tensor.is_conj())
         and not tensor.is_neg()
     )

@@ -8,6 +8,7 @@ from torch.nn import Module
 
 from lightning_efficient_init.deferred import is_deferred, materialize, reseed, seeds
 from lightning_efficient_init.load.replicas import Replicas, replicas_over, replicate
+from lightning_efficient_init.quantize import QuantizedParameter
 from lightning_efficient_init.rendezvous import exchange
 
 
@@ -23,9 +24,18 @@ def replicate_module(module: Module) -> None:
     """Make ``module`` one of equal ones: what is not written yet draws from rank 0's generators, on every rank."""
     assert distributed.group.WORLD is not None
     replicate(module, distributed.group.WORLD)
+    _share_quantized(module)
     states = exchange(seeds(module))
     if distributed.get_rank():
         reseed(module, states[0])
+
+
+def _share_quantized(module: Module) -> None:
+    """Give every rank rank 0's quantized weights: of their statistics ``DistributedDataParallel`` does not know."""
+    for param in module.parameters():
+        if isinstance(param, QuantizedParameter):
+            for part in param.parts().values():
+                distributed.broadcast(part, src=0)
 
 
 def to_device(module: Module, device: torch.device) -> None:

@@ -21,6 +21,7 @@ from lightning_efficient_init.deferred import empty_init, watch
 from lightning_efficient_init.init_context import init_context
 from lightning_efficient_init.lightning_checkpoint import is_streamable
 from lightning_efficient_init.load import load_checkpoint
+from lightning_efficient_init.sharding import is_engine, mark_parts
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +156,11 @@ class _LoadsPretrained(pl.Callback):
             return
         self._module = None
         if trainer.ckpt_path is None:
-            log.info("%s", load_checkpoint(pl_module, pl_module.pretrained, strict=pl_module.strict_loading))
+            wrapped = trainer.strategy.model
+            assert wrapped is not None
+            mark_parts(wrapped)  # of Lightning's own FSDP, whose outermost unit is around the module
+            target = wrapped if is_engine(wrapped) else pl_module
+            log.info("%s", load_checkpoint(target, pl_module.pretrained, strict=pl_module.strict_loading))
 
     on_sanity_check_start = on_train_start = on_validation_start = on_test_start = on_predict_start = _load
 

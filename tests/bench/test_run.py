@@ -89,7 +89,7 @@ def test_rows_report_the_memory_that_a_load_takes(tmp_path):
         ({"rounds": 0}, "rounds: expected at least 1, found 0"),
         ({"only": "("}, r"only '\(': expected a regular expression"),
         ({"only": "^x"}, r"only '\^x': expected a part of a name or a title of naive, "),
-        ({"model": "no-such-model"}, "expected tiny, 0.1B, 1B"),
+        ({"model": "no-such-model"}, "expected tiny, 0.1B, 0.5B, 1B"),
         ({"model": "10x1000000000000", "ways": ["ours-mmap"]}, "expected 21000.00 GB of disk"),
     ],
 )

@@ -130,6 +130,93 @@ def test_a_damaged_program_is_reported(write_torch_zip, program):
         index_tree(write_torch_zip(P + program, DATA))
 
 
+def put(index):
+    return b"r" + struct.pack("<I", index)
+
+
+def get(index):
+    return b"j" + struct.pack("<I", index)
+
+
+REBUILD, STORAGE, TYPE, CPU, ORDERED, VERSION = range(1000, 1006)
+MEMO = b"".join(
+    name + put(index) + b"0"
+    for name, index in [
+        (b"ctorch._utils\n_rebuild_tensor_v2\n", REBUILD),
+        (text("storage"), STORAGE),
+        (b"ctorch\nFloatStorage\n", TYPE),
+        (text("cpu"), CPU),
+        (b"ccollections\nOrderedDict\n", ORDERED),
+        (text("version"), VERSION),
+    ]
+)
+
+
+def item(name="layer.w", function=REBUILD, hooks=ORDERED, kind=STORAGE, shape=b"K\x02\x85", length=1):
+    """A name and its tensor with the instructions that torch writes for all but the first few of a state dict."""
+    pid = (
+        get(kind) + get(TYPE) + b"X" + struct.pack("<I", length) + b"0" + put(1) + get(CPU) + b"K\x02t" + put(2) + b"Q"
+    )
+    arguments = b"(" + pid + b"K\x00" + shape + put(3) + b"K\x01\x85" + put(4) + b"\x89" + get(hooks) + b")R" + put(5)
+    return text(name) + put(0) + get(function) + b"(" + arguments + b"t" + put(6) + b"R" + put(7)
+
+
+def test_an_item_is_what_its_instructions_make_one_by_one(write_torch_zip):
+    program = P + MEMO + b"}(" + item() + text("tied") + get(7) + b"u."
+    weights = index_checkpoint(write_torch_zip(program, DATA)).weights
+    assert weights["layer.w"] is weights["tied"]
+    assert (weights["tied"].shape, weights["tied"].num_bytes) == ((2,), 8)
+
+
+@pytest.mark.parametrize(("index", "value"), [(0, "layer.w"), (1, "0"), (3, (2,)), (4, (1,)), (5, OrderedDict())])
+def test_what_an_item_puts_into_the_memo_can_be_asked_for(write_torch_zip, index, value):
+    program = P + MEMO + b"}(" + text("weights") + b"}" + item() + b"s" + text("again") + get(index) + b"u."
+    tree = index_tree(write_torch_zip(program, DATA)).tree
+    assert tree["again"] == value
+    assert tree["weights"]["layer.w"].shape == (2,)
+
+
+def test_a_version_that_an_item_puts_into_the_memo_can_be_asked_for(write_torch_zip):
+    program = (
+        P + MEMO + b"}(" + text("a") + put(0) + b"}" + put(1) + get(VERSION) + b"K\x05s" + text("b") + get(1) + b"u."
+    )
+    tree = index_tree(write_torch_zip(program)).tree
+    assert tree == {"a": {"version": 5}, "b": {"version": 5}}
+    assert tree["a"] is tree["b"]
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        item(function=STORAGE),
+        item(function=7777),
+        item(hooks=CPU),
+        item(kind=CPU),
+        item(kind=REBUILD),
+        item(length=2),
+        item(shape=b"K\x02K\x01\x85"),
+        item(shape=b"(K\x02\x85"),
+        item(shape=b"K\x03\x85"),
+        item(shape=b"J\xff\xff\xff\xff\x85"),
+        item()[:-9],
+        text("a") + put(0) + b"}" + put(1) + get(ORDERED) + b"K\x05s",
+        text("a") + put(0) + b"}" + put(1) + get(7777) + b"K\x05s",
+    ],
+)
+def test_a_damaged_item_is_reported_or_harmless(write_torch_zip, assert_inside, program):
+    check(write_torch_zip(P + MEMO + b"}(" + program + b"u.", DATA), assert_inside)
+
+
+def test_a_shape_that_changes_after_a_tensor_has_taken_it_changes_nothing(write_torch_zip):
+    shape = b"](K\x02e" + put(3)
+    program = tensor().replace(b"(\x8a\x01\x02t(", shape + b"(", 1)
+    assert program != tensor()
+    path = write_torch_zip(P + b"}(" + text("layer.w") + program + text("x") + get(3) + b"K\x7fau.", DATA)
+    tree = index_tree(path).tree
+    assert tree["layer.w"].shape == (2,)
+    assert tree["x"] == [2, 127]
+
+
 def test_a_large_memo_index_takes_no_memory(write_torch_zip):
     program = state_dict(b"Nr\xff\xff\xff\xff0" + tensor())
     assert "layer.w" in index_checkpoint(write_torch_zip(program, DATA)).weights

@@ -134,7 +134,7 @@ def test_a_hugging_face_folder_is_a_model(tmp_path, capsys):
     ("arguments", "message"),
     [
         ([], "expected a checkpoint, a --model, or both"),
-        (["--model", "no-such-model"], "expected tiny, 0.1B, 1B"),
+        (["--model", "no-such-model"], "expected tiny, 0.1B, 0.5B, 1B"),
         (["--model", "tiny", "--train", "Adamw"], "expected a class of torch.optim"),
         (["--model", "tiny", "--train", "nn"], "expected a class of torch.optim"),
         (["--model", "tiny", "--train", "SGD", "--train-args", "{"], "expected JSON"),

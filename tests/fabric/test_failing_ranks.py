@@ -85,11 +85,13 @@ def _fault(rank, strategy, folder, fault):
         with fabric.init_module():
             fabric.setup(Faulty(rank))
     if fault == "memory":
+        with fabric.init_module():
+            fabric.setup(small())  # libraries and threads that come with the first one have what they need
         if rank == 1:
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20), resource.RLIM_INFINITY))
         with fabric.init_module():
-            model = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(4096, 8192))  # of 128 MiB; its buffers are shared
+            model = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8192, 8192))  # of 256 MiB; buffers are shared after it
         fabric.setup(model)
     if fault == "kill":
         with fabric.init_module(empty_init=True):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import resource
 
 import lightning as L
 import pytest
@@ -12,8 +14,9 @@ from sharded_models import RUN_ENGINES, TinyLM, assert_equal_states, eager_model
 
 from lightning_efficient_init import EfficientInit, load_checkpoint, uninitialized_parameters
 from lightning_efficient_init.deferred import UninitializedParameterWarning
-from lightning_efficient_init.errors import CheckpointError, StateDictMismatchError
+from lightning_efficient_init.errors import CheckpointError, StateDictMismatchError, UnsupportedCheckpointError
 from lightning_efficient_init.fabric import EfficientFSDP2Strategy, EfficientFSDPStrategy
+from lightning_efficient_init.memory import PeakMemory
 from lightning_efficient_init.sharding import part_of
 
 ENGINES = {"fsdp2": EfficientFSDP2Strategy, "fsdp": EfficientFSDPStrategy}
@@ -132,7 +135,7 @@ def _save_and_resume(rank, world_size, path, engine, kind):
     state = {"model": model, "optimizer": optimizer, "step": 0}
     assert fabric.load(path, state) == {}
     assert state["step"] == 2
-    assert _train(fabric, model, optimizer, 2) == pytest.approx(expected, rel=1e-5)
+    assert _train(fabric, model, optimizer, 2) == expected
 
 
 @running_engines
@@ -174,6 +177,49 @@ def test_each_rank_reads_its_part_and_no_more(tmp_path, engine, dim):
     torch.save(expected, tmp_path / "a.pth")
     for state in run_ranks(_bytes_read, 2, tmp_path / "a.pth", engine, dim):
         assert_equal_states(state, expected)
+
+
+def _repeat(model, mesh):
+    """Hybrid sharding: cut along one axis, and repeated along the other."""
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model:
+        fully_shard(layer, mesh=mesh["data_parallel", "tensor_parallel"])
+    return fully_shard(model, mesh=mesh["data_parallel", "tensor_parallel"])
+
+
+def _bytes_read_hybrid(rank, path):
+    fabric = fabric_of(4, EfficientFSDP2Strategy(_repeat, data_parallel_size=2, tensor_parallel_size=2))
+    with fabric.init_module(empty_init=True):
+        model = torch.nn.Sequential(*[torch.nn.Linear(512, 2048, bias=False) for _ in range(4)])
+    model = fabric.setup(model)
+    before = bytes_read()
+    report = load_checkpoint(model, path)
+    read = bytes_read() - before
+    state = whole_state(model._forward_module)
+
+    def use_up_files(key):
+        if rank == 3:  # when the file has been found to be in order, no more can be opened
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        return key
+
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    with pytest.raises(CheckpointError, match="Too many open files"):  # on all: also those with other parts than rank 3
+        load_checkpoint(model, path, key_map=use_up_files)
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    return state, read, report
+
+
+def test_what_one_axis_of_a_mesh_repeats_is_read_once(tmp_path):
+    expected = {f"{i}.weight": torch.randn(2048, 512) for i in range(4)}
+    torch.save(expected, tmp_path / "a.pth")
+    quarter = sum(value.nbytes for value in expected.values()) // 4
+    for state, read, report in run_ranks(_bytes_read_hybrid, 4, str(tmp_path / "a.pth")):
+        assert_equal_states(state, expected)
+        assert read <= 1.05 * quarter
+        assert report.num_bytes == pytest.approx(quarter, rel=0.001)  # cuts are on pages
+        assert sum(report.bytes_per_rank) == 4 * quarter
 
 
 def _fail(rank, path, engine):
@@ -243,17 +289,19 @@ def test_every_precision_takes_parts(tmp_path, precision, is_ours, engine):
     run_ranks(_precisions, 2, tmp_path / "a.pth", precision, is_ours, engine)
 
 
-def _load_2d(rank, path):
+def _parallelize(model, mesh):
+    """In both directions; each layer by itself."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    def parallelize(model, mesh):
-        for layer in model:
-            parallelize_module(layer, mesh["tensor_parallel"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
-            fully_shard(layer, mesh=mesh["data_parallel"])
-        return fully_shard(model, mesh=mesh["data_parallel"])
+    for layer in model:
+        parallelize_module(layer, mesh["tensor_parallel"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        fully_shard(layer, mesh=mesh["data_parallel"])
+    return fully_shard(model, mesh=mesh["data_parallel"])
 
-    fabric = fabric_of(4, EfficientFSDP2Strategy(parallelize, data_parallel_size=2, tensor_parallel_size=2))
+
+def _load_2d(rank, path):
+    fabric = fabric_of(4, EfficientFSDP2Strategy(_parallelize, data_parallel_size=2, tensor_parallel_size=2))
     with fabric.init_module(empty_init=True):
         model = two_layers()
     model = fabric.setup(model)
@@ -273,6 +321,36 @@ def test_tensor_parallel_and_sharded_parameters_are_loaded(tmp_path):
     for state, num_bytes in run_ranks(_load_2d, 4, tmp_path / "a.pth"):
         assert_equal_states(state, expected)
         assert num_bytes < 0.4 * sum(value.nbytes for value in expected.values())
+
+
+def _train_2d(rank, sizes):
+    """Losses of four steps, for each of two batches; ranks that differ in their part of a layer have the same batch."""
+    data, tensor = sizes
+    strategy = EfficientFSDP2Strategy(_parallelize, data_parallel_size=data, tensor_parallel_size=tensor)
+    fabric = fabric_of(data * tensor, strategy if tensor > 1 else "ddp")
+    torch.manual_seed(1 + rank if tensor > 1 else 1)
+    with fabric.init_module():
+        model = two_layers()
+    model = fabric.setup(model)
+    optimizer = fabric.setup_optimizers(torch.optim.Adam(model.parameters(), lr=1e-2))
+    generator = torch.Generator().manual_seed(rank // tensor)
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = (model(torch.randn(4, 8, generator=generator)) - 1).square().mean()
+        fabric.backward(loss)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@RUN_ENGINES[0].marks[0]
+def test_training_losses_in_both_directions_are_those_of_ddp():
+    first, second = run_ranks(_train_2d, 2, (2, 1))
+    assert first[0] > first[-1]
+    found = run_ranks(_train_2d, 4, (2, 2))
+    for losses, expected in zip(found, (first, first, second, second), strict=True):
+        assert losses == pytest.approx(expected, rel=1e-5)
 
 
 def _flat(rank, path):
@@ -299,6 +377,62 @@ def test_parameters_that_are_flat_are_initialized_and_loaded(tmp_path):
         assert_equal_states(first, initialized)
         assert_equal_states(second, loaded)
     assert sum(num_bytes for _, _, num_bytes in results) == sum(value.nbytes for value in loaded.values())
+
+
+def _resume_flat(rank, path):
+    fabric = fabric_of(2, EfficientFSDPStrategy(use_orig_params=False))
+    with fabric.init_module():
+        model = two_layers()
+    model = fabric.setup(model)
+    optimizer = fabric.setup_optimizers(torch.optim.Adam(model.parameters()))
+    with pytest.raises(UnsupportedCheckpointError, match="use_orig_params=True, its default, or load the model alone"):
+        fabric.load(path, {"model": model, "optimizer": optimizer})
+    fabric.load(path, {"model": model})
+    return whole_state(model._forward_module)
+
+
+def test_an_optimizer_of_flat_parameters_is_refused_with_the_remedy(tmp_path):
+    model = two_layers()
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 8)).sum().backward()
+    optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "a.ckpt")
+    for state in run_ranks(_resume_flat, 2, tmp_path / "a.ckpt"):
+        assert_equal_states(state, model.state_dict())
+
+
+BLOCK_BYTES = 32 << 20
+
+
+class Blocks(torch.nn.Sequential):
+    """Eight blocks of 32 MiB."""
+
+    def __init__(self):
+        super().__init__(*[torch.nn.Sequential(torch.nn.Linear(2048, 4096, bias=False)) for _ in range(8)])
+
+
+def _peak(rank, engine, path):
+    fabric = fabric_of(2, engine)
+    with fabric.init_module():
+        fabric.setup(two_layers())  # libraries that are imported at the first use are not what is measured
+    gc.collect()
+    with PeakMemory(in_background=True) as memory:
+        with fabric.init_module(empty_init=path is not None):
+            model = Blocks()
+        if path is not None:
+            fabric.load_raw(path, model)
+        model = fabric.setup(model)
+    return memory.host_bytes
+
+
+@engines
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_no_rank_ever_has_more_than_its_part_and_two_blocks(tmp_path, engine, is_loaded):
+    path = tmp_path / "a.pth" if is_loaded else None
+    if is_loaded:
+        torch.save(Blocks().state_dict(), path)
+    for peak_bytes in run_ranks(_peak, 2, engine, path):
+        assert 3 * BLOCK_BYTES < peak_bytes <= 6 * BLOCK_BYTES + (16 << 20)  # of eight
 
 
 def _uninitialized(rank, engine):

@@ -1,9 +1,11 @@
 """Which bytes are read, how often, and in how many reads."""
 
+import gc
 import itertools
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 import safetensors.torch
@@ -95,6 +97,42 @@ def test_ten_thousand_small_tensors_take_few_reads(name, dtype, tmp_path, bits, 
     assert reads_issued() - before[1] < 100
     assert bytes_read() - before[0] < 2.2 * path.stat().st_size  # a zip's headers are read with what is between them
     assert bits(model) == bits({name: tensor.to(dtype) for name, tensor in state.items()})
+
+
+def many_small(num_tensors, path):
+    """A model of many small tensors, and their checkpoint."""
+    model = nn.ParameterDict({f"p{i}": nn.Parameter(torch.full((4, 4), float(i))) for i in range(num_tensors)})
+    state = {name: parameter.detach() for name, parameter in model.items()}
+    torch.save(state, path) if path.suffix == ".pt" else safetensors.torch.save_file(state, path)
+    return model
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_time_grows_no_faster_than_the_number_of_tensors(name, tmp_path):
+    def time_per_tensor(num_tensors):
+        model = many_small(num_tensors, tmp_path / name)
+        seconds = []
+        for _ in range(3):
+            started = time.process_time()
+            load_checkpoint(model, tmp_path / name, num_threads=1)
+            seconds.append(time.process_time() - started)
+        return min(seconds) / num_tensors
+
+    assert time_per_tensor(8000) < 3 * time_per_tensor(1000)
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_a_load_leaves_next_to_nothing_for_the_garbage_collector(name, tmp_path):
+    model = many_small(2000, tmp_path / name)
+    load_checkpoint(model, tmp_path / name)
+    gc.collect()
+    gc.disable()
+    try:
+        report = load_checkpoint(model, tmp_path / name)
+        assert gc.collect() < 500
+    finally:
+        gc.enable()
+    assert len(report.loaded) == 2000
 
 
 def test_headers_of_large_tensors_are_read_alone(tmp_path, bytes_read):

@@ -5,7 +5,7 @@ import logging
 import lightning as L
 import pytest
 import torch
-from lightning_models import ADVICE, Regression, loader, quiet_trainer
+from lightning_models import ADVICE, quiet_trainer
 from quantized_models import Mixed, NamedLinear, assert_quantized_as_by_bitsandbytes, build_eagerly, built
 from quantized_models import quantizing_fabric as quantizing
 from torch import nn
@@ -224,21 +224,28 @@ def test_quantize_goes_with_16_and_32_bits_only():
         EfficientInit("bf16-true", quantize="nf4", skip_modules="lm_head")
 
 
+@pytest.mark.parametrize("name", ["efficient_init_fsdp", "efficient_init_fsdp2"])
+@pytest.mark.parametrize("mode", ["nf4", "int8-training"])
+@pytest.mark.parametrize("library", ["fabric", "trainer"])
+def test_strategies_that_shard_parameters_refuse_before_anything_is_built(name, mode, library):
+    plugin = EfficientInit("bf16-true", quantize=mode)
+    with pytest.raises(
+        QuantizationError, match=rf'"{mode}" does not go with a strategy that shards.*efficient_init_ddp'
+    ):
+        if library == "fabric":
+            L.Fabric(accelerator="cpu", devices=1, strategy=name, plugins=[plugin])
+        else:
+            quiet_trainer(plugins=[plugin], strategy=name)
+
+
 @ADVICE
 @pytest.mark.parametrize("name", ["efficient_init_fsdp", "efficient_init_fsdp2"])
-@pytest.mark.parametrize("library", ["fabric", "trainer"])
-def test_strategies_that_shard_parameters_refuse(name, library, tmp_path):
-    plugin = EfficientInit("bf16-true", quantize="nf4")
+def test_strategies_that_shard_parameters_refuse_a_model_that_was_quantized_elsewhere(name):
+    model = built(quantizing("nf4"), Stack)
+    fabric = L.Fabric(accelerator="cpu", devices=1, strategy=name, precision="bf16-true")
+    fabric.launch()
     with pytest.raises(QuantizationError, match="does not go with a strategy that shards"):
-        if library == "fabric":
-            fabric = L.Fabric(accelerator="cpu", devices=1, strategy=name, plugins=[plugin])
-            fabric.launch()
-            fabric.setup(built(fabric, Stack))
-        else:
-            trainer = quiet_trainer(plugins=[plugin], strategy=name)
-            with trainer.init_module():
-                model = Regression(width=32)
-            trainer.fit(model, loader())
+        fabric.setup(model)
 
 
 def test_deepspeed_refuses_too():

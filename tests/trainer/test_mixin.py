@@ -1,15 +1,21 @@
 from __future__ import annotations
 
+import warnings
+
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning_models import ADVICE, Configured, Regression, assert_equal_states, loader, quiet_trainer
 from ranks import run_ranks
+from sharded_models import RUN_ENGINES, whole_state
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from lightning_efficient_init import ConfigureModelMixin, EfficientInit
 from lightning_efficient_init.deferred import UninitializedParameterWarning
 from lightning_efficient_init.errors import StateDictMismatchError
+from lightning_efficient_init.strategies.deepspeed import initializing, use_cpu
 
 pytestmark = ADVICE
 
@@ -220,6 +226,111 @@ def test_it_runs_unchanged_on_several_devices(weights, strategy):
         {name: tensor for name, tensor in state.items() if "running" not in name} for *_, state in (first, second)
     ]
     assert_equal_states(trained[0], trained[1])
+
+
+class _FSDPOnCPU(FSDPStrategy):
+    """Lightning's: it leaves it to torch to find the device, and torch looks for GPUs alone."""
+
+    def _setup_model(self, model):
+        policy = {"mixed_precision": self.mixed_precision_config, "sharding_strategy": self.sharding_strategy}
+        return FullyShardedDataParallel(model, device_id=self.root_device, **policy, **self.kwargs)
+
+
+class _DeepSpeedOnCPU(DeepSpeedStrategy):
+    """Lightning's, which refuses the CPU before it starts; with what DeepSpeed needs there."""
+
+    def setup_environment(self):
+        use_cpu()
+        super(DeepSpeedStrategy, self).setup_environment()
+
+    def setup_distributed(self):
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    def setup(self, trainer):
+        with initializing()():
+            super().setup(trainer)
+
+
+STOCK = {
+    "ddp": lambda: "ddp",
+    "fsdp": _FSDPOnCPU,
+    "fsdp2": lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
+    "deepspeed_stage_2": lambda: _DeepSpeedOnCPU(stage=2),
+    "deepspeed_stage_3": lambda: _DeepSpeedOnCPU(stage=3),
+}
+
+
+class Anywhere(Configured):
+    """Without statistics of batches; under ``ModelParallelStrategy`` it shards itself, as that leaves it to modules.
+
+    What it does not shard is frozen there: nobody would add up its gradients.
+    """
+
+    def configure_model(self):
+        super().configure_model()
+        self.net[1] = torch.nn.LayerNorm(24)
+        self.scale.requires_grad_(False)
+        if self.device_mesh is not None:
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+    def on_train_start(self):
+        self.states = [self.whole()]
+
+    def on_train_end(self):
+        self.states.append(self.whole())
+
+    def on_test_start(self):
+        self.states.append(self.whole())
+
+    def whole(self):
+        if "deepspeed" not in type(self.trainer.strategy).__name__.lower():
+            is_ddp = isinstance(self.trainer.strategy, DDPStrategy)
+            return whole_state(self if is_ddp else self.trainer.strategy.model)
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(self.parameters())):
+            return whole_state(self)
+
+
+def _fit_and_test(rank, strategy, path):
+    warnings.filterwarnings("ignore")  # DeepSpeed's own
+    torch.manual_seed(rank)
+    model = Anywhere(24, pretrained=path)
+    trainer = quiet_trainer(devices=2, strategy=STOCK[strategy]() if strategy in STOCK else strategy)
+    trainer.fit(model, loader())
+    if strategy == "fsdp":  # Lightning wraps it anew for each stage, and loses what was in the outermost unit
+        return model.built, [*model.states, model.states[1]]
+    trainer.test(model, loader(), verbose=False)
+    return model.built, model.states
+
+
+OURS = ["efficient_init_ddp", "efficient_init_fsdp", "efficient_init_fsdp2", "efficient_init_deepspeed_stage_3"]
+NEEDS_TO_RUN = {"fsdp2": RUN_ENGINES[0].marks, "efficient_init_fsdp2": RUN_ENGINES[0].marks}
+
+
+@pytest.mark.parametrize("strategy", [pytest.param(name, marks=NEEDS_TO_RUN.get(name, ())) for name in (*STOCK, *OURS)])
+def test_one_module_runs_unchanged_under_every_strategy_of_ours_and_of_lightning(weights, strategy):
+    raw = torch.load(weights)
+    for name, value in torch.nn.LayerNorm(24).state_dict().items():
+        raw[f"net.1.{name}"] = value + 0.25
+    raw = {name: value for name, value in raw.items() if not name.startswith("net.1.") or name in LAYER_NORM}
+    torch.save(raw, weights)
+    expected = None
+    for built, (start, trained, tested) in run_ranks(_fit_and_test, 2, strategy, str(weights)):
+        assert built == 1
+        for name, value in raw.items():
+            assert torch.equal(start[name], value), name
+        assert not torch.equal(trained["net.0.weight"], start["net.0.weight"])
+        assert trained["net.0.weight"].isfinite().all()
+        expected = trained if expected is None else expected
+        for state in (trained, tested):
+            assert state.keys() == expected.keys()
+            for name, value in expected.items():
+                assert torch.equal(state[name], value), name
+
+
+LAYER_NORM = {"net.1.weight", "net.1.bias"}
 
 
 @pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")  # of Lightning 2.6
