@@ -299,10 +299,10 @@ _OWN_DICTS = ("_parameters", "_buffers", "_modules")  # which are looked through
 
 
 def _holds_lazy(value: Any) -> bool:
-    """Whether an attribute is a lazy tensor, or a list of some, or a state dict."""
-    if isinstance(value, dict):
-        return any(isinstance(item, LazyTensor) for item in value.values())
-    return isinstance(value, LazyTensor | list | tuple) and any(isinstance(i, LazyTensor) for i in tree_leaves(value))
+    """Whether an attribute is a lazy tensor, or a container of some: a list, a state dict, an optimizer's state."""
+    if isinstance(value, list | tuple | dict):
+        return len(value) > 0 and any(isinstance(item, LazyTensor) for item in tree_leaves(value))
+    return isinstance(value, LazyTensor)
 
 
 def _tensors(module: Module) -> Iterator[torch.Tensor]:

@@ -140,6 +140,7 @@ def test_what_a_module_keeps_of_a_checkpoint_is_real(checkpoint):
         def on_load_checkpoint(self, checkpoint):
             self.kept = [checkpoint["state_dict"], checkpoint["state_dict"], checkpoint["state_dict"]["scale"]]
             self.ema = checkpoint["state_dict"]
+            self.optimizer_state = checkpoint["optimizer_states"][0]
 
     model = Keeps(width=24)
     our_trainer().validate(model, loader(), ckpt_path=checkpoint, verbose=False)
@@ -150,6 +151,9 @@ def test_what_a_module_keeps_of_a_checkpoint_is_real(checkpoint):
         assert {type(value) for value in state.values()} == {torch.Tensor}
         assert_equal_states(state, expected)
     assert torch.equal(model.kept[2], expected["scale"])
+    optimizer = model.configure_optimizers()
+    optimizer.load_state_dict(model.optimizer_state)
+    assert {type(value) for state in optimizer.state.values() for value in state.values()} == {torch.Tensor}
 
 
 def test_what_others_keep_is_not_read_from_another_file(checkpoint):
