@@ -26,9 +26,9 @@ Decided against:
 - *Advice on reading ahead* (``POSIX_FADV_SEQUENTIAL``, ``WILLNEED`` for chunks to come), reads of 16 to 64 MiB, and
   ``O_DIRECT``, for files that are not cached. 1 GB, two threads, interleaved, on a virtual machine with two cores that
   were busy: 0.86 GB/s as it is, 0.85 and 0.87 to 0.97 with advice (the device reads ahead by 8 MiB anyway). Larger
-  reads were faster in one series (1.18) and not in the next. ``O_DIRECT`` reached 1.1, as it saves a copy where cores are
-  short, but wants parameters aligned as the disk is, and leaves nothing in the cache for the next process; on an H100
-  machine cold reads were 1.6 to 1.8 GB/s with and without.
+  reads were faster in one series (1.18) and not in the next. ``O_DIRECT`` reached 1.1, as it saves a copy where cores
+  are short, but wants parameters aligned as the disk is, and leaves nothing in the cache for the next process; on an
+  H100 machine cold reads were 1.6 to 1.8 GB/s with and without.
 - *Threads near the device's memory* (NUMA): a thread that pins itself to a node's cores stays off all others, also when
   they are the only idle ones, and where the file's pages are is not known. Whoever starts one process for each device
   binds it from outside (``numactl``, ``taskset``); the threads inherit that, and their number follows the affinity.
