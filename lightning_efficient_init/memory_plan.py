@@ -460,7 +460,9 @@ def _in_training(sizes: _Sizes, asked: Question, share: int) -> int:
     # on CUDA torch steps all parameters at once; on a CPU one after the other
     at_once = _part_of(sizes.gradients, share) if asked.device_type == "cuda" else sizes.largest_trainable
     step = round(sizes.temporary_share * at_once)
-    gathered = 0 if asked.strategy in _REPLICATED else 4 * sizes.largest_block + 2 * sizes.rest
+    # FSDP, but not FSDP2, takes a single device as a reason to leave parameters whole
+    is_whole = asked.strategy in _REPLICATED or (asked.strategy == "efficient_init_fsdp" and asked.num_devices == 1)
+    gathered = 0 if is_whole else 4 * sizes.largest_block + 2 * sizes.rest
     reduced = min(_bucket(sizes, asked), sizes.gradients) if asked.num_devices > 1 else 0  # a copy for the other ranks
     return max(gathered, step, reduced)
 
