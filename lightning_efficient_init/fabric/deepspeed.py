@@ -84,12 +84,12 @@ class EfficientDeepSpeedStrategy(PartitionsModules, StreamsCheckpoints, DeepSpee
         """Nothing yet: it is partitioned first."""
 
     def setup_module_and_optimizers(
-        self, module: Module, optimizers: list[Optimizer], scheduler: Any = None
-    ) -> tuple[Any, list[Optimizer], Any]:
-        """Partition the module, and let DeepSpeed take over the one optimizer."""
+        self, module: Module, optimizers: list[Optimizer], *scheduler: Any
+    ) -> tuple[Any, ...]:
+        """Partition the module, and let DeepSpeed take over the one optimizer; newer Lightning hands on a scheduler."""
         self.make_partitions(module)
         with initializing()():
-            found = DeepSpeedStrategy.setup_module_and_optimizers(self, module, optimizers, scheduler)
+            found = DeepSpeedStrategy.setup_module_and_optimizers(self, module, optimizers, *scheduler)
         watch(module)
         return found
 
