@@ -51,6 +51,8 @@ _DTYPES: Final = {
 _REPLICATED: Final = ("efficient_init", "efficient_init_ddp")
 _SHARDED: Final = ("efficient_init_fsdp", "efficient_init_fsdp2", "efficient_init_deepspeed_stage_3")
 _OFFLOADED: Final = ("efficient_init_deepspeed_stage_3_offload",)
+# These take a single device as a reason to leave parameters as they are; FSDP2 does not.
+_WHOLE_ON_ONE: Final = ("efficient_init_fsdp", "efficient_init_deepspeed_stage_3")
 STRATEGIES: Final = (*_REPLICATED, *_SHARDED, *_OFFLOADED)
 QUANTIZATIONS: Final = ("int8", "int8-training", "nf4", "nf4-dq", "fp4", "fp4-dq")
 PRECISIONS: Final = tuple(_DTYPES)
@@ -460,8 +462,7 @@ def _in_training(sizes: _Sizes, asked: Question, share: int) -> int:
     # on CUDA torch steps all parameters at once; on a CPU one after the other
     at_once = _part_of(sizes.gradients, share) if asked.device_type == "cuda" else sizes.largest_trainable
     step = round(sizes.temporary_share * at_once)
-    # FSDP, but not FSDP2, takes a single device as a reason to leave parameters whole
-    is_whole = asked.strategy in _REPLICATED or (asked.strategy == "efficient_init_fsdp" and asked.num_devices == 1)
+    is_whole = asked.strategy in _REPLICATED or (asked.strategy in _WHOLE_ON_ONE and asked.num_devices == 1)
     gathered = 0 if is_whole else 4 * sizes.largest_block + 2 * sizes.rest
     reduced = min(_bucket(sizes, asked), sizes.gradients) if asked.num_devices > 1 else 0  # a copy for the other ranks
     return max(gathered, step, reduced)

@@ -90,13 +90,25 @@ def _wait(process, timeout_s):
     try:
         process.wait(timeout_s)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGABRT)  # Python's fault handler prints where each thread is
-        time.sleep(2)
+        for member in _members(process.pid):  # one after the other, or their words would mix
+            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                os.kill(member, signal.SIGABRT)  # Python's fault handler prints where each thread is
+                time.sleep(1)
         _kill_all(process.pid)
         process.wait()
         return f"was still running after {timeout_s} s"
     _kill_all(process.pid)
     return f"ended with exit code {process.returncode}" if process.returncode else None
+
+
+def _members(group):
+    """The processes of a group, the first one first: who is aborted does not see that what it waits for ends."""
+    found = []
+    for pid in (int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit()):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(pid) == group:
+                found.append(pid)
+    return sorted(found)
 
 
 def _kill_all(group):

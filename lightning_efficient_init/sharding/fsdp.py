@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import distributed
 from torch.nn import Module
 
 from lightning_efficient_init.sharding.part import Stretch
@@ -87,6 +88,8 @@ def stretch_of(tensor: torch.Tensor) -> Stretch:
 
 
 def _handles(module: Module) -> Iterator[Any]:
+    if not distributed.is_initialized():  # without processes FSDP cannot have wrapped anything
+        return
     for child in module.modules():
         if "_fsdp_wrapped_module" in child._modules and (handle := getattr(child, "_handle", None)) is not None:
             yield handle
