@@ -24,11 +24,11 @@ Decided against:
   that the process had used before was filled in 0.23 s instead of 0.45 s, but a fresh process, whose huge pages come
   from the system, took 0.73 s. Populating small pages ahead of the reads made no difference.
 - *Advice on reading ahead* (``POSIX_FADV_SEQUENTIAL``, ``WILLNEED`` for chunks to come), reads of 16 to 64 MiB, and
-  ``O_DIRECT``, for files that are not cached. 1 GB, two threads, interleaved, on a virtual machine with two cores that
-  were busy: 0.86 GB/s as it is, 0.85 and 0.87 to 0.97 with advice (the device reads ahead by 8 MiB anyway). Larger
-  reads were faster in one series (1.18) and not in the next. ``O_DIRECT`` reached 1.1, as it saves a copy where cores
-  are short, but wants parameters aligned as the disk is, and leaves nothing in the cache for the next process; on an
-  H100 machine cold reads were 1.6 to 1.8 GB/s with and without.
+  ``O_DIRECT``, for files that are not cached. 1 GB, two threads, on a virtual machine with two cores, interleaved:
+  0.74 to 0.80 GB/s as it is, 0.53 to 0.84 with advice (the device reads ahead by 8 MiB anyway), 0.80 to 0.84 in larger
+  reads, 0.69 to 0.93 with ``O_DIRECT``. That saves a copy, and was faster where other jobs had the cores (1.1 against
+  0.86), but wants parameters aligned as the disk is, and leaves nothing in the cache for the next process; on an H100
+  machine cold reads were 1.6 to 1.8 GB/s with and without.
 - *Threads near the device's memory* (NUMA): a thread that pins itself to a node's cores stays off all others, also when
   they are the only idle ones, and where the file's pages are is not known. Whoever starts one process for each device
   binds it from outside (``numactl``, ``taskset``); the threads inherit that, and their number follows the affinity.
