@@ -99,10 +99,10 @@ def empty_copies(model: torch.nn.Module, names: list[str]) -> list[torch.Tensor]
     return [copy for (copy, _), share in zip(found, shares, strict=True) if share == 1]
 
 
-def check_recipes(model: torch.nn.Module) -> None:
-    """Raise for memory that nobody has written, and that nothing can initialize."""
+def check_recipes(model: torch.nn.Module, names: list[str]) -> None:
+    """Raise for those of the parameters ``names``, which nobody has written, that nothing can initialize."""
     params = dict(model.named_parameters())
-    lost = [n for n in uninitialized_parameters(model) if not params[n].is_meta and not kept.recipe_of_empty(params[n])]
+    lost = [name for name in names if not params[name].is_meta and not kept.recipe_of_empty(params[name])]
     if lost:
         raise DeferredParameterError(
             f"{shorten(lost)}: the memory of these parameters has never been written, and their recipes are gone, as "

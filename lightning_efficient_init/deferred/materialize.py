@@ -67,7 +67,7 @@ def materialize(
         _check_unclaimed(module)
         materialize_deferred(module, target, dtype)
         initialize(module)  # what `allocate` gave memory, and nobody has written
-        audit.check_recipes(module)
+        audit.check_recipes(module, audit.uninitialized_parameters(module))
         _move(module, target, dtype)
         recurrent.flatten(layers)
     return module

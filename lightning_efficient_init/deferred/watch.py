@@ -61,10 +61,11 @@ class _Watch:
         root = module if self._root is None else self._root
         if _is_lent(root):
             return
-        audit.check_recipes(root)
+        whole, part = audit.unwritten(root)
+        audit.check_recipes(root, whole)
         self._is_done = self._root is not None
         self._remove(root, module)
-        _audit(root)
+        _initialize(root, whole, part)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Watch:
         if id(self) not in memo:
@@ -95,8 +96,8 @@ def _is_lent(model: torch.nn.Module) -> bool:
     return not all(isinstance(tensor, torch.nn.Parameter) for tensor in tensors)
 
 
-def _audit(model: torch.nn.Module) -> None:
-    whole, part = audit.unwritten(model)
+def _initialize(model: torch.nn.Module, whole: list[str], part: list[str]) -> None:
+    """Initialize what nobody has written, and warn of it and of what somebody has written in part."""
     copies = audit.empty_copies(model, whole)
     initialize(model, whole)
     fill_empty(copies)
