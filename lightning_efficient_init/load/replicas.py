@@ -4,7 +4,8 @@ Every rank of a node plans the same segments. Each reads its share, an even run 
 straight into its own parameters; the memory itself is then broadcast to the others. That goes in rounds: threads read
 for the next ones while one is shared. Before a round is shared, all ranks exchange whether they have read theirs: one
 that cannot stops the others before any of them waits in a broadcast. The thread that has called does the sharing, so
-that all ranks call the same collectives in the same order, whatever their other threads are at.
+that all ranks call the same collectives in the same order, whatever their other threads are at. (1 GB that was not
+cached, two processes on two cores: 0.5 to 0.6 s of 0.8 s of sharing went by while threads were reading.)
 
 `Replicas.agree` is the only rendezvous there is. Whatever a rank is up to inside, its next exchange of outcomes meets
 the next one of the others, so a failure anywhere reaches all of them at once, with its own type and message.
