@@ -18,9 +18,9 @@ WORLDS = [1, 2, 3]
 WIDE = 40_000  # a model whose weights outweigh headers and pages
 
 
-def ddp_fabric(world_size, efficient_init="32-true", **kwargs):
+def ddp_fabric(world_size, efficient_init="32-true", accelerator="cpu", **kwargs):
     ours = {"strategy": "efficient_init_ddp", "plugins": [EfficientInit(efficient_init)]}
-    fabric = L.Fabric(accelerator="cpu", devices=world_size, **(kwargs or ours))
+    fabric = L.Fabric(accelerator=accelerator, devices=world_size, **(kwargs or ours))
     fabric.launch()
     torch.manual_seed(17 + fabric.global_rank)
     return fabric
@@ -34,6 +34,14 @@ def eager_model(precision="32-true", width=24):
         return Regression(width)
     finally:
         torch.set_default_dtype(before)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def accelerator(request):
+    """What two ranks run on."""
+    if request.param == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    return request.param
 
 
 @pytest.fixture
@@ -284,12 +292,42 @@ def test_threads_read_on_while_what_was_read_is_shared(tmp_path):
     total = sum(tensor.nbytes for tensor in expected.values())
     for read, ahead, per_rank, found in run_ranks(_read_while_sharing, 2, 2, tmp_path / "a.pth"):
         assert len(read) == -(-total // (1 << 18))
-        assert ahead <= read[0] < total / 2  # as far ahead as it may, no further
+        assert (1 << 18) / 2 < ahead <= read[0] < total / 2  # as far ahead as it may, no further
         assert sum(per_rank) == total
         assert_equal_states(found, expected)
 
 
-def _hold_scratch(rank, world_size, path):
+def _load_in_rounds(rank, world_size, path, accelerator, precision):
+    from lightning_efficient_init.load import replicas
+
+    replicas._ROUND_BYTES = 4 << 20
+    fabric = ddp_fabric(world_size, precision, accelerator)
+    with fabric.init_module(empty_init=True):
+        model = _wide_linears()
+    load_checkpoint(model, path)
+    first = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        for param in model.parameters():
+            param.zero_()
+    load_checkpoint(model, path)  # into memory that the device still writes to
+    return first, {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+
+
+def _wide_linears():
+    return nn.ModuleList(nn.Linear(1024, 1024) for _ in range(16))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_what_is_shared_in_many_rounds_is_what_the_file_has(tmp_path, accelerator, precision):
+    expected = _wide_linears().state_dict()
+    torch.save(expected, tmp_path / "a.pth")
+    expected = {name: value.to(DTYPES.get(precision, torch.float32)) for name, value in expected.items()}
+    for states in run_ranks(_load_in_rounds, 2, 2, tmp_path / "a.pth", accelerator, precision):
+        for found in states:
+            assert_equal_states(found, expected)
+
+
+def _hold_scratch(rank, world_size, path, accelerator):
     from lightning_efficient_init.load import load
     from lightning_efficient_init.sinks import plain
 
@@ -307,18 +345,19 @@ def _hold_scratch(rank, world_size, path):
             held.remove(self.scratch_bytes)
 
     plain.ScratchSink = Watched
-    fabric = ddp_fabric(world_size)
+    fabric = ddp_fabric(world_size, accelerator=accelerator)
     with fabric.init_module(empty_init=True):
         model = _linears()
     load_checkpoint(model, path)
-    return max(peaks), load.MAX_BATCHES * load.BATCH_BYTES, model.state_dict()
+    state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    return max(peaks), load.MAX_BATCHES * load.BATCH_BYTES, state
 
 
-def test_scratch_memory_is_bounded_while_ranks_share(tmp_path):
+def test_scratch_memory_is_bounded_while_ranks_share(tmp_path, accelerator):
     expected = _linears().state_dict()
     expected |= {name: value.mT.contiguous().mT for name, value in expected.items() if value.ndim == 2}
     torch.save(expected, tmp_path / "a.pth")
-    for peak, bound, found in run_ranks(_hold_scratch, 2, 2, tmp_path / "a.pth"):
+    for peak, bound, found in run_ranks(_hold_scratch, 2, 2, tmp_path / "a.pth", accelerator):
         assert bound / 2 < peak <= bound
         assert_equal_states(found, expected)
 
