@@ -222,7 +222,8 @@ def _work(waves: Sequence[Sequence[Write]]) -> list[object]:
 
 def _work_of(write: Write, device_number: int) -> tuple[object, ...]:
     tensor = write.tensor
-    return write.name, tensor.dtype, tensor.device.type, device_number, tensor.is_contiguous(), write.entry
+    is_direct = tensor.layout is torch.strided and tensor.is_contiguous()
+    return write.name, tensor.dtype, tensor.device.type, device_number, is_direct, write.entry
 
 
 def stream(sinks: Sequence[Sink], settings: Settings, meter: Meter, replicas: Replicas | None = None) -> None:
