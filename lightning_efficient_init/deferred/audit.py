@@ -112,11 +112,16 @@ def check_recipes(model: torch.nn.Module, names: list[str]) -> None:
 
 
 def is_pending(model: torch.nn.Module) -> bool:
-    """Whether there is any parameter of which it is not certain that it has been written."""
+    """Whether there is any parameter of which it is not certain that it has been written.
+
+    A model without recipes is looked at, too, even where nothing has ever been recorded: its memory may have been
+    handed over, or saved, by a process that left it empty.
+    """
     with parameter.undisturbed():
-        if any(_is_deferred(p) or kept.recipe_of_empty(p) is not None for p in model.parameters()):
+        params = list(model.parameters())
+        if any(_is_deferred(p) or kept.recipe_of_empty(p) is not None for p in params):
             return True
-    return bool(uninitialized_parameters(model))
+        return 1 in canary.intact([memory for p in params if (memory := _marked(p)) is not None])
 
 
 def _is_deferred(param: torch.Tensor) -> bool:

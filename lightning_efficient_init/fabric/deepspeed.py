@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from lightning.fabric.plugins.precision import DeepSpeedPrecision, Precision
+from lightning.fabric.plugins.precision import DeepSpeedPrecision
 from lightning.fabric.strategies import DeepSpeedStrategy
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.fabric.utilities.types import _PATH
@@ -15,24 +13,21 @@ from torch.optim import Optimizer
 
 from lightning_efficient_init.deferred import watch
 from lightning_efficient_init.errors import UnsupportedCheckpointError
-from lightning_efficient_init.fabric.streaming import StreamsCheckpoints
-from lightning_efficient_init.lightning_checkpoint import is_streamable
-from lightning_efficient_init.precision import EfficientInit
+from lightning_efficient_init.fabric.sharded import RecordsModules
 from lightning_efficient_init.strategies.deepspeed import (
     BuildsInDtype,
     PartitionsModules,
     initializing,
     is_deepspeed_folder,
-    use_cpu,
 )
-from lightning_efficient_init.strategies.sharded import refuse_quantized, sharded_init_context
+from lightning_efficient_init.strategies.sharded import adapting
 
 
 class _Precision(BuildsInDtype, DeepSpeedPrecision):
     """`EfficientInit` for DeepSpeed."""
 
 
-class EfficientDeepSpeedStrategy(PartitionsModules, StreamsCheckpoints, DeepSpeedStrategy):
+class EfficientDeepSpeedStrategy(PartitionsModules, RecordsModules, DeepSpeedStrategy):
     """ZeRO-3, as ``Fabric(strategy="efficient_init_deepspeed_stage_3")``, on GPUs and on the CPU.
 
     Construction inside ``fabric.init_module()`` is only recorded. ``fabric.setup`` partitions one parameter after the
@@ -46,29 +41,9 @@ class EfficientDeepSpeedStrategy(PartitionsModules, StreamsCheckpoints, DeepSpee
         ValueError: The configuration asks for another stage.
     """
 
-    @property
-    def precision(self) -> Precision:
-        """The precision plugin; DeepSpeed's engine has to do the work of `EfficientInit`."""
-        return super().precision
-
-    @precision.setter
-    def precision(self, precision: Precision | None) -> None:
-        if isinstance(precision, EfficientInit):
-            refuse_quantized(precision.quantize)
-            precision = _Precision(precision.precision)  # type: ignore[arg-type]
-        DeepSpeedStrategy.precision.fset(self, precision)  # type: ignore[attr-defined]
-
-    @contextmanager
-    def module_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
-        """Record the construction of modules, in the precision; checkpoints are read once they are partitioned."""
-        with self.precision.module_init_context(), sharded_init_context(self.root_device, empty=bool(empty_init)):
-            yield
-
-    def setup_environment(self) -> None:
-        """Start the processes' communication, on the CPU too."""
-        if self.root_device.type == "cpu":
-            use_cpu()
-        super(DeepSpeedStrategy, self).setup_environment()  # which it has overridden to refuse the CPU
+    precision = adapting(DeepSpeedStrategy.precision)
+    precision_class = _Precision
+    stock = DeepSpeedStrategy
 
     def _setup_distributed(self) -> None:
         if self.root_device.type != "cpu":
@@ -102,7 +77,7 @@ class EfficientDeepSpeedStrategy(PartitionsModules, StreamsCheckpoints, DeepSpee
         return engine  # type: ignore[no-any-return]
 
     def _is_streamed(self, path: _PATH) -> bool:
-        return is_streamable(path) and not is_deepspeed_folder(path)
+        return super()._is_streamed(path) and not is_deepspeed_folder(path)
 
     def load_checkpoint(
         self,

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from lightning.fabric.plugins.precision.fsdp import FSDPPrecision
-from lightning.fabric.plugins.precision.precision import Precision
 from lightning.fabric.strategies import FSDPStrategy
-from lightning.fabric.strategies.fsdp import _setup_activation_checkpointing
-from lightning.fabric.utilities.types import _PATH
 from torch.nn import Module
-from torch.optim import Optimizer
 
-from lightning_efficient_init.fabric.streaming import StreamsCheckpoints
-from lightning_efficient_init.lightning_checkpoint import is_streamable
-from lightning_efficient_init.precision import EfficientInit
-from lightning_efficient_init.strategies.fsdp import KeepsDeclaredDtypes, gathering, is_wrapped, wrap
-from lightning_efficient_init.strategies.sharded import ShardsModules, refuse_quantized, sharded_init_context
+from lightning_efficient_init.fabric.sharded import RecordsModules
+from lightning_efficient_init.strategies.fsdp import KeepsDeclaredDtypes, WrapsModules, gathering, is_wrapped
+from lightning_efficient_init.strategies.sharded import adapting
 
 
 class _Precision(KeepsDeclaredDtypes, FSDPPrecision):
     """See `KeepsDeclaredDtypes`."""
 
 
-class EfficientFSDPStrategy(ShardsModules, StreamsCheckpoints, FSDPStrategy):
+class EfficientFSDPStrategy(WrapsModules, RecordsModules, FSDPStrategy):
     """Parameters sharded by ``FullyShardedDataParallel``, as ``Fabric(strategy="efficient_init_fsdp")``, also on a CPU.
 
     Construction inside ``fabric.init_module()`` is only recorded. ``fabric.setup`` gives FSDP one unit after the other,
@@ -35,23 +29,13 @@ class EfficientFSDPStrategy(ShardsModules, StreamsCheckpoints, FSDPStrategy):
     It takes the arguments of Lightning's ``FSDPStrategy``. By default the units are the repeated blocks and the rest.
     """
 
-    @property
-    def precision(self) -> FSDPPrecision:
-        """The plugin; `EfficientInit` in the form that FSDP needs."""
-        return super().precision
-
-    @precision.setter
-    def precision(self, precision: Precision | None) -> None:
-        if isinstance(precision, EfficientInit):
-            refuse_quantized(precision.quantize)
-            precision = _Precision(precision.precision, lambda: self.root_device.type)
-        FSDPStrategy.precision.fset(self, precision)  # type: ignore[attr-defined]
+    precision = adapting(FSDPStrategy.precision)
+    precision_class = _Precision
 
     @contextmanager
     def module_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
-        """Record the construction of modules, in the precision; checkpoints are read once they are sharded."""
-        context = sharded_init_context(self.root_device, empty=bool(empty_init))
-        with self.precision.module_init_context(), self.module_sharded_context(), context:
+        """Record the construction of modules, in the precision; ``wrap`` inside knows what this strategy wants."""
+        with self.module_sharded_context(), super().module_init_context(empty_init):
             yield
 
     def setup_module(self, module: Module) -> Module:
@@ -66,17 +50,4 @@ class EfficientFSDPStrategy(ShardsModules, StreamsCheckpoints, FSDPStrategy):
     def _wrap(self, module: Module) -> Module:
         if is_wrapped(module):
             return FSDPStrategy.setup_module(self, module)
-        options = {
-            "cpu_offload": self.cpu_offload,
-            "mixed_precision": self.mixed_precision_config,
-            "sharding_strategy": self.sharding_strategy,
-        }
-        wrapped = wrap(module, self.root_device, {**options, **self._fsdp_kwargs})
-        _setup_activation_checkpointing(wrapped, self._activation_checkpointing_kwargs)
-        return wrapped
-
-    def _read_optimizer(self, tree: Any, optimizer: Optimizer, state: Mapping[str, Any], path: str) -> dict[str, Any]:
-        return self.read_optimizer(tree, optimizer, state, path)
-
-    def _is_streamed(self, path: _PATH) -> bool:
-        return is_streamable(path)
+        return self.wrap(module, self._fsdp_kwargs)

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.fabric.plugins.precision import Precision
 from lightning.fabric.strategies import ModelParallelStrategy
-from lightning.fabric.utilities.types import _PATH
 from torch.nn import Module
-from torch.optim import Optimizer
 
-from lightning_efficient_init.fabric.streaming import StreamsCheckpoints
-from lightning_efficient_init.lightning_checkpoint import is_streamable
+from lightning_efficient_init.fabric.sharded import RecordsModules
 from lightning_efficient_init.strategies.fsdp2 import SizesMesh, check_parallelized, shard_blocks
-from lightning_efficient_init.strategies.sharded import ShardsModules, refuse_quantized, sharded_init_context
+from lightning_efficient_init.strategies.sharded import adapting
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-class EfficientFSDP2Strategy(ShardsModules, SizesMesh, StreamsCheckpoints, ModelParallelStrategy):
+class EfficientFSDP2Strategy(SizesMesh, RecordsModules, ModelParallelStrategy):
     """Parameters sharded by ``fully_shard``, as ``Fabric(strategy="efficient_init_fsdp2")``.
 
     Construction inside ``fabric.init_module()`` is only recorded. ``fabric.setup`` shards the model and gives each rank
@@ -39,6 +34,8 @@ class EfficientFSDP2Strategy(ShardsModules, SizesMesh, StreamsCheckpoints, Model
         process_group_backend: See Lightning's ``ModelParallelStrategy``.
         timeout: See Lightning's ``ModelParallelStrategy``.
     """
+
+    precision = adapting(ModelParallelStrategy.precision)
 
     def __init__(
         self,
@@ -59,22 +56,6 @@ class EfficientFSDP2Strategy(ShardsModules, SizesMesh, StreamsCheckpoints, Model
             timeout=timeout,
         )
 
-    @property
-    def precision(self) -> Precision:
-        """The plugin, which must not quantize."""
-        return super().precision
-
-    @precision.setter
-    def precision(self, precision: Precision | None) -> None:
-        refuse_quantized(getattr(precision, "quantize", None))
-        ModelParallelStrategy.precision.fset(self, precision)  # type: ignore[attr-defined]
-
-    @contextmanager
-    def module_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
-        """Record the construction of modules, in the precision; checkpoints are read once they are sharded."""
-        with self.precision.module_init_context(), sharded_init_context(self.root_device, empty=bool(empty_init)):
-            yield
-
     def setup_module(self, module: Module) -> Module:
         """Shard the module, and give each rank its part."""
         return self.shard(module, self._parallelize)
@@ -82,9 +63,3 @@ class EfficientFSDP2Strategy(ShardsModules, SizesMesh, StreamsCheckpoints, Model
     def _parallelize(self, module: Module) -> Module:
         parallelize: Callable[[Any, DeviceMesh], Any] = self._parallelize_fn
         return check_parallelized(parallelize(module, self.device_mesh))
-
-    def _read_optimizer(self, tree: Any, optimizer: Optimizer, state: Mapping[str, Any], path: str) -> dict[str, Any]:
-        return self.read_optimizer(tree, optimizer, state, path)
-
-    def _is_streamed(self, path: _PATH) -> bool:
-        return is_streamable(path)

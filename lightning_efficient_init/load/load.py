@@ -22,11 +22,11 @@ from lightning_efficient_init.load.order import Write, order_writes
 from lightning_efficient_init.load.pipeline import Batch, Settings, Transfer
 from lightning_efficient_init.load.plan import LoadPlan, plan_load
 from lightning_efficient_init.load.postponed import must_wait, postpone
-from lightning_efficient_init.load.replicas import Replicas, agreed, replicas_of
+from lightning_efficient_init.load.replicas import Replicas, Round, agreed, replicas_of
 from lightning_efficient_init.load.report import LoadReport, Meter
 from lightning_efficient_init.quantize import parts_of
 from lightning_efficient_init.sharding import copies_of, is_engine, part_of, refresh, refresh_engine
-from lightning_efficient_init.sinks import Segment, Sink, sinks_for
+from lightning_efficient_init.sinks import Sink, sinks_for
 
 # Scratch memory on the device, together 144 MiB. Two batches keep a dozen threads busy while one is worked on.
 BATCH_BYTES = 48 << 20
@@ -215,8 +215,15 @@ def _sinks(writes: Iterable[Write]) -> list[Sink]:
 
 
 def _work(waves: Sequence[Sequence[Write]]) -> list[object]:
-    """What loading is about to do, to be compared between ranks."""
-    return [[(w.name, w.tensor.dtype, w.tensor.device.type, w.entry) for w in wave] for wave in waves]
+    """What loading is about to do, to be compared between ranks, whose devices have other numbers."""
+    numbers: dict[torch.device, int] = {}
+    return [[_work_of(w, numbers.setdefault(w.tensor.device, len(numbers))) for w in wave] for wave in waves]
+
+
+def _work_of(write: Write, device_number: int) -> tuple[object, ...]:
+    tensor = write.tensor
+    is_direct = tensor.layout is torch.strided and tensor.is_contiguous()
+    return write.name, tensor.dtype, tensor.device.type, device_number, is_direct, write.entry
 
 
 def stream(sinks: Sequence[Sink], settings: Settings, meter: Meter, replicas: Replicas | None = None) -> None:
@@ -228,50 +235,37 @@ def stream(sinks: Sequence[Sink], settings: Settings, meter: Meter, replicas: Re
         meter: Told of the progress.
         replicas: Other ranks that fill the same sinks with the same settings, and share the reading.
     """
-    if replicas is not None:
-        _stream_together(sinks, settings, meter, replicas)
-        return
     by_device: dict[torch.device, list[Sink]] = defaultdict(list)
     for sink in sinks:
         by_device[sink.device].append(sink)
     done = 0
     written: list[str] = []
     for device, group in by_device.items():
-        done += _stream_to(device, group, settings, partial(_tick, meter, done), written)
-
-
-def _stream_together(sinks: Sequence[Sink], settings: Settings, meter: Meter, replicas: Replicas) -> None:
-    done = 0
-    written: list[str] = []
-    for batch, is_direct in _batches(sinks, settings.host_buffer_bytes):
-        segments: list[Segment] = [segment for sink in batch for segment in sink.segments()]
-        try:
-            done += replicas.transfer(segments, settings, partial(_tick, meter, done))
-        except CheckpointError as error:
-            error.add_written([*written, *(error.written if is_direct else ())])  # else only scratch was touched
-            raise
-        for sink in batch:
-            sink.finish()
-        written += dict.fromkeys(segment.name for segment in segments)
+        done += _stream_to(device, group, settings, partial(_tick, meter, done), written, replicas)
 
 
 def _stream_to(
-    device: torch.device, sinks: Sequence[Sink], settings: Settings, on_tick: Callable[[int], None], written: list[str]
+    device: torch.device,
+    sinks: Sequence[Sink],
+    settings: Settings,
+    on_tick: Callable[[int], None],
+    written: list[str],
+    replicas: Replicas | None,
 ) -> int:
     """Fill sinks on one device; adds their names to ``written``, and returns the number of bytes read."""
     in_flight: deque[_InFlight] = deque()
     try:
         with Transfer(device, settings, on_tick) as transfer:
             for batch, is_direct in _batches(sinks, min(settings.host_buffer_bytes, BATCH_BYTES)):
-                segments = [segment for sink in batch for segment in sink.segments()]
-                in_flight.append(_InFlight(batch, segments, is_direct, transfer.submit(segments)))
-                if len(in_flight) == MAX_BATCHES:
-                    written += _complete(transfer, in_flight)
+                for round, filled in _rounds(batch, is_direct, replicas):
+                    in_flight.append(_InFlight(filled, round, is_direct, transfer.submit(round.reads)))
+                    if len(in_flight) == MAX_BATCHES:
+                        written += _complete(transfer, in_flight, replicas)
             while in_flight:
-                written += _complete(transfer, in_flight)
+                written += _complete(transfer, in_flight, replicas)
         on_tick(transfer.num_bytes)
     except CheckpointError as error:
-        touched = [name for item in in_flight if item.is_direct for name in item.batch.names_touched()]
+        touched = [name for item in in_flight if item.is_direct for name in item.names_touched(replicas)]
         error.add_written(list(dict.fromkeys([*written, *touched])))  # of the others only scratch was touched
         raise
     return transfer.num_bytes
@@ -279,21 +273,43 @@ def _stream_to(
 
 @dataclass(frozen=True, slots=True)
 class _InFlight:
-    """Sinks that are being filled."""
+    """What is being read, and the sinks that have everything once it is."""
 
     sinks: Sequence[Sink]
-    segments: Sequence[Segment]
+    round: Round
     is_direct: bool
     batch: Batch
 
+    def names_touched(self, replicas: Replicas | None) -> list[str]:
+        """What may have been written, on any rank: all of a node say the same, and none knows how far others are."""
+        return self.batch.names_touched() if replicas is None else self.round.names()
 
-def _complete(transfer: Transfer, in_flight: deque[_InFlight]) -> list[str]:
-    """Wait for the batch that was submitted first, and finish its sinks; returns their names."""
-    transfer.wait(in_flight[0].batch)
+
+def _rounds(
+    sinks: Sequence[Sink], is_direct: bool, replicas: Replicas | None
+) -> Iterator[tuple[Round, Sequence[Sink]]]:
+    """What to read for some sinks, step by step, and which of them have everything after each."""
+    segments = [segment for sink in sinks for segment in sink.segments()]
+    rounds = [Round(segments)] if replicas is None else replicas.rounds(segments, is_divisible=is_direct)
+    for round in rounds:
+        yield round, sinks if round is rounds[-1] else ()
+
+
+def _complete(transfer: Transfer, in_flight: deque[_InFlight], replicas: Replicas | None) -> list[str]:
+    """Wait for what was submitted first, share it, and finish its sinks; returns the names of what was written.
+
+    On CUDA, waiting makes the current stream follow the copies of the threads, and NCCL follows the current stream,
+    which in turn follows NCCL before a sink or whoever comes next is given the memory. The threads' streams follow the
+    current one only as far as it was when a batch was submitted: what they copy meanwhile goes to other memory.
+    """
+    with agreed(replicas):
+        transfer.wait(in_flight[0].batch)
+    if replicas is not None:
+        replicas.share(in_flight[0].round)
     item = in_flight.popleft()
     for sink in item.sinks:
         sink.finish()
-    return list(dict.fromkeys(segment.name for segment in item.segments))
+    return item.round.names()
 
 
 def _tick(meter: Meter, done_before: int, done: int) -> None:

@@ -46,7 +46,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -54,7 +53,6 @@ import torch
 
 from lightning_efficient_init.checkpoint.file import CheckpointFile
 from lightning_efficient_init.cores import available_cores
-from lightning_efficient_init.errors import CheckpointError
 from lightning_efficient_init.load.extents import PAGE_BYTES, Read, plan_reads
 from lightning_efficient_init.sinks import Segment
 
@@ -91,45 +89,6 @@ class Settings:
             )
         if self.num_threads is not None and self.num_threads < 1:
             raise ValueError(f"num_threads must be at least 1, found {self.num_threads}.")
-
-
-def transfer(segments: Sequence[Segment], settings: Settings, on_tick: Callable[[int], None] | None = None) -> int:
-    """Read every segment into its destination.
-
-    When this returns, all values are in place and visible to the current stream of each device.
-
-    Args:
-        segments: What to read, from any files, to any devices.
-        settings: Host memory and threads.
-        on_tick: Called from this thread about every 20 ms with the number of bytes read so far.
-
-    Returns:
-        Bytes read, gaps between tensors included.
-
-    Raises:
-        CheckpointReadError: The operating system failed to read, several times over.
-        CorruptCheckpointError: A file is shorter than its header says.
-    """
-    by_device: dict[torch.device, list[Segment]] = defaultdict(list)
-    for segment in segments:
-        by_device[segment.memory.device].append(segment)
-    done = 0
-    written: list[str] = []
-    for device, group in by_device.items():
-        with Transfer(device, settings, on_tick and partial(_tick_from, on_tick, done)) as pipeline:
-            batch = pipeline.submit(group)
-            try:
-                pipeline.wait(batch)
-            except CheckpointError as error:
-                error.add_written([*written, *batch.names_touched()])
-                raise
-        done += pipeline.num_bytes
-        written += dict.fromkeys(segment.name for segment in group)
-    return done
-
-
-def _tick_from(on_tick: Callable[[int], None], done_before: int, done: int) -> None:
-    on_tick(done_before + done)
 
 
 class Batch:

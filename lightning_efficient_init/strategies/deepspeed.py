@@ -27,7 +27,7 @@ from lightning_efficient_init.load.load import run_plan
 from lightning_efficient_init.load.postponed import has_waiting, take_waiting
 from lightning_efficient_init.load.replicas import agreed
 from lightning_efficient_init.patching import ScopedPatch
-from lightning_efficient_init.precision import cast_module
+from lightning_efficient_init.precision import EfficientInit, cast_module
 from lightning_efficient_init.rendezvous import exchange
 from lightning_efficient_init.sharding import is_partitioned, partition
 from lightning_efficient_init.strategies.sharded import ShardsModules
@@ -72,8 +72,15 @@ def _unique(refs: dict[tuple[Module, str], Ref]) -> Iterator[tuple[Any, Ref]]:
 
 
 class PartitionsModules(ShardsModules):
-    """A strategy that partitions deferred modules by ZeRO-3, and runs on the CPU as well."""
+    """A strategy that partitions deferred modules by ZeRO-3, and runs on the CPU as well.
 
+    Attributes:
+        stock: Lightning's DeepSpeed strategy, of Fabric or of the Trainer, that it is mixed into.
+        precision_class: What `EfficientInit` becomes, since DeepSpeed's engine has to do its work.
+    """
+
+    stock: type
+    precision_class: Callable[..., Any]
     config: Any
     remote_device: str | None
     parallel_devices: Any
@@ -82,6 +89,18 @@ class PartitionsModules(ShardsModules):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"stage": _STAGE, **kwargs})
         _check_stage(self.config)
+
+    def adapt_precision(self, plugin: Any) -> Any:
+        """`EfficientInit` in the form that DeepSpeed needs, which must not quantize; others as they are."""
+        if not isinstance(plugin, EfficientInit):
+            return plugin
+        return self.precision_class(super().adapt_precision(plugin).precision)
+
+    def setup_environment(self) -> None:
+        """Start the processes' communication, on the CPU too."""
+        if self.root_device.type == "cpu":
+            use_cpu()
+        super(self.stock, self).setup_environment()  # type: ignore[arg-type]  # past it: it refuses the CPU
 
     def make_partitions(self, module: Module) -> Module:
         """Partition a module, and read the checkpoints that were loaded into it before."""

@@ -13,17 +13,50 @@ from typing import Any, get_args
 
 import torch
 from lightning.fabric.plugins.precision.utils import _DtypeContextManager
+from lightning.fabric.strategies.fsdp import _setup_activation_checkpointing
 from torch.nn import Module
 
 from lightning_efficient_init.deferred import fill_own, keep_recipes
 from lightning_efficient_init.deferred.sharded import windows
 from lightning_efficient_init.load.postponed import has_waiting
 from lightning_efficient_init.patching import ScopedPatch
-from lightning_efficient_init.precision import PrecisionName, cast_module
+from lightning_efficient_init.precision import EfficientInit, PrecisionName, cast_module
 from lightning_efficient_init.sharding import mark_parts
 from lightning_efficient_init.strategies.fsdp2 import repeated_blocks
+from lightning_efficient_init.strategies.sharded import ShardsModules
 
 _DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32, "64": torch.float64}
+
+
+class WrapsModules(ShardsModules):
+    """A strategy that has FSDP wrap deferred modules.
+
+    Attributes:
+        precision_class: What `EfficientInit` becomes, since FSDP has to do its work.
+    """
+
+    precision_class: Callable[..., Any]
+    cpu_offload: Any
+    mixed_precision_config: Any
+    sharding_strategy: Any
+    _activation_checkpointing_kwargs: dict[str, Any]
+
+    def adapt_precision(self, plugin: Any) -> Any:
+        """`EfficientInit` in the form that FSDP needs, which must not quantize; others as they are."""
+        if not isinstance(plugin, EfficientInit):
+            return plugin
+        return self.precision_class(super().adapt_precision(plugin).precision, lambda: self.root_device.type)
+
+    def wrap(self, module: Module, options: dict[str, Any]) -> Module:
+        """Wrap a module as the strategy was told to; ``options`` are the user's for ``FullyShardedDataParallel``."""
+        own = {
+            "cpu_offload": self.cpu_offload,
+            "mixed_precision": self.mixed_precision_config,
+            "sharding_strategy": self.sharding_strategy,
+        }
+        wrapped = wrap(module, self.root_device, {**own, **options})
+        _setup_activation_checkpointing(wrapped, self._activation_checkpointing_kwargs)
+        return wrapped
 
 
 def wrap(module: Module, device: torch.device, options: dict[str, Any]) -> Module:

@@ -27,6 +27,11 @@ class ShardsModules(HasReplicas):
 
     root_device: torch.device
 
+    def adapt_precision(self, plugin: Any) -> Any:
+        """A precision plugin in the form that this strategy can work with; it must not quantize."""
+        refuse_quantized(getattr(plugin, "quantize", None))
+        return plugin
+
     def shard(self, module: Module, engine: Callable[[Module], Module], known: Windows | None = None) -> Module:
         """Let ``engine`` shard a module; then read the checkpoints that were loaded into it before, and watch it.
 
@@ -60,6 +65,18 @@ class ShardsModules(HasReplicas):
         model = next((m for m in models if any(id(p) in owned for p in m.parameters())), Module())
         replicas = self.replicas()
         return read_optimizer_state(tree, optimizer, model, self.root_device, path=path, replicas=replicas)
+
+
+def adapting(stock: Any) -> Any:
+    """Lightning's property for the precision plugin, which Fabric and the Trainer name differently.
+
+    What is set goes through the strategy's ``adapt_precision`` first.
+    """
+
+    def adapt(strategy: ShardsModules, plugin: Any) -> None:
+        stock.fset(strategy, strategy.adapt_precision(plugin))
+
+    return property(stock.fget, adapt, doc="The precision plugin, in the form that this strategy can work with.")
 
 
 def refuse_quantized(mode: str | None) -> None:

@@ -7,35 +7,30 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.nn import Module
 
 from lightning_efficient_init.deferred import watch
-from lightning_efficient_init.lightning_checkpoint import open_lightning_checkpoint
-from lightning_efficient_init.load.replicas import agreed
-from lightning_efficient_init.load.state_dict import streaming_load_state_dict
-from lightning_efficient_init.precision import EfficientInit
 from lightning_efficient_init.strategies.deepspeed import (
     BuildsInDtype,
     PartitionsModules,
     initializing,
     is_deepspeed_folder,
-    use_cpu,
 )
-from lightning_efficient_init.strategies.sharded import refuse_quantized, sharded_init_context
+from lightning_efficient_init.strategies.sharded import adapting
+from lightning_efficient_init.trainer.sharded import RecordsModules
 
 
 class _Precision(BuildsInDtype, DeepSpeedPrecision):
     """`EfficientInit` for DeepSpeed."""
 
 
-class EfficientDeepSpeedStrategy(PartitionsModules, DeepSpeedStrategy):
+class EfficientDeepSpeedStrategy(PartitionsModules, RecordsModules, DeepSpeedStrategy):
     """ZeRO-3, as ``Trainer(strategy="efficient_init_deepspeed_stage_3")``, on GPUs and on the CPU.
 
     Construction inside ``trainer.init_module()``, which works before there are processes, and in ``configure_model`` is
@@ -52,35 +47,14 @@ class EfficientDeepSpeedStrategy(PartitionsModules, DeepSpeedStrategy):
 
     strategy_name = "efficient_init_deepspeed_stage_3"
 
-    @property
-    def precision_plugin(self) -> Precision:
-        """The precision plugin; DeepSpeed's engine has to do the work of `EfficientInit`."""
-        return super().precision_plugin
-
-    @precision_plugin.setter
-    def precision_plugin(self, precision_plugin: Precision | None) -> None:
-        if isinstance(precision_plugin, EfficientInit):
-            refuse_quantized(precision_plugin.quantize)
-            precision_plugin = _Precision(precision_plugin.precision)  # type: ignore[arg-type]
-        DeepSpeedStrategy.precision_plugin.fset(self, precision_plugin)  # type: ignore[attr-defined]
-
-    @contextmanager
-    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
-        """Record the construction of modules, in the precision; checkpoints are read once they are partitioned."""
-        context = sharded_init_context(self.root_device, empty=bool(empty_init))
-        with self.precision_plugin.tensor_init_context(), context:
-            yield
+    precision_plugin = adapting(DeepSpeedStrategy.precision_plugin)
+    precision_class = _Precision
+    stock = DeepSpeedStrategy
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
         """Nothing: what is recorded is partitioned at setup."""
         yield
-
-    def setup_environment(self) -> None:
-        """Start the processes' communication, on the CPU too."""
-        if self.root_device.type == "cpu":
-            use_cpu()
-        super(DeepSpeedStrategy, self).setup_environment()  # which it has overridden to refuse the CPU
 
     def setup_distributed(self) -> None:
         """Start the processes' communication."""
@@ -102,9 +76,7 @@ class EfficientDeepSpeedStrategy(PartitionsModules, DeepSpeedStrategy):
         """The checkpoint: what DeepSpeed has saved is restored at once, of others the weights are lazy."""
         if is_deepspeed_folder(checkpoint_path):
             return super().load_checkpoint(checkpoint_path)
-        with agreed(self.replicas()):
-            path = checkpoint_path
-            checkpoint = open_lightning_checkpoint(path, torch.device("cpu"), weights_only=weights_only is not False)
+        checkpoint = self._open(checkpoint_path, weights_only)
         if self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
             rank_zero_warn(
                 f"{checkpoint_path}: not saved by DeepSpeed, which can take over its weights but not the optimizers' "
@@ -115,9 +87,7 @@ class EfficientDeepSpeedStrategy(PartitionsModules, DeepSpeedStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Stream this rank's part of the weights through the module's own ``load_state_dict``."""
         if "state_dict" in checkpoint:
-            assert self.lightning_module is not None
-            with streaming_load_state_dict():
-                self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
+            self._stream_weights(checkpoint, strict)
 
     @property
     def lightning_restore_optimizer(self) -> bool:

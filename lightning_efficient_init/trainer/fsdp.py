@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.plugins.precision.fsdp import FSDPPrecision
 from lightning.pytorch.strategies import FSDPStrategy
-from lightning.pytorch.strategies.fsdp import _setup_activation_checkpointing
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from lightning_efficient_init.precision import EfficientInit
-from lightning_efficient_init.strategies.fsdp import KeepsDeclaredDtypes, gathering, is_wrapped, wrap
-from lightning_efficient_init.strategies.sharded import refuse_quantized, sharded_init_context
+from lightning_efficient_init.strategies.fsdp import KeepsDeclaredDtypes, WrapsModules, gathering, is_wrapped
+from lightning_efficient_init.strategies.sharded import adapting
 from lightning_efficient_init.trainer.sharded import LoadsParts
 
 
@@ -23,7 +18,7 @@ class _Precision(KeepsDeclaredDtypes, FSDPPrecision):
     """See `KeepsDeclaredDtypes`."""
 
 
-class EfficientFSDPStrategy(LoadsParts, FSDPStrategy):
+class EfficientFSDPStrategy(WrapsModules, LoadsParts, FSDPStrategy):
     """Parameters sharded by ``FullyShardedDataParallel``, as ``Trainer(strategy="efficient_init_fsdp")``.
 
     Construction inside ``trainer.init_module()``, which works before there are processes, and in ``configure_model`` is
@@ -37,24 +32,8 @@ class EfficientFSDPStrategy(LoadsParts, FSDPStrategy):
     strategy_name = "efficient_init_fsdp"
     _wrapped: Module | None = None
 
-    @property
-    def precision_plugin(self) -> FSDPPrecision:
-        """The plugin; `EfficientInit` in the form that FSDP needs."""
-        return super().precision_plugin
-
-    @precision_plugin.setter
-    def precision_plugin(self, precision_plugin: Precision | None) -> None:
-        if isinstance(precision_plugin, EfficientInit):
-            refuse_quantized(precision_plugin.quantize)
-            precision_plugin = _Precision(precision_plugin.precision, lambda: self.root_device.type)
-        FSDPStrategy.precision_plugin.fset(self, precision_plugin)  # type: ignore[attr-defined]
-
-    @contextmanager
-    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
-        """Record the construction of modules, in the precision; checkpoints are read once they are sharded."""
-        context = sharded_init_context(self.root_device, empty=bool(empty_init))
-        with self.precision_plugin.tensor_init_context(), context:
-            yield
+    precision_plugin = adapting(FSDPStrategy.precision_plugin)
+    precision_class = _Precision
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """See Lightning's ``FSDPStrategy``."""
@@ -75,11 +54,4 @@ class EfficientFSDPStrategy(LoadsParts, FSDPStrategy):
     def _wrap(self, module: Module) -> Module:
         if is_wrapped(module):
             return FSDPStrategy._setup_model(self, module)
-        options = {
-            "cpu_offload": self.cpu_offload,
-            "mixed_precision": self.mixed_precision_config,
-            "sharding_strategy": self.sharding_strategy,
-        }
-        wrapped = wrap(module, self.root_device, {**options, **self.kwargs})
-        _setup_activation_checkpointing(wrapped, self._activation_checkpointing_kwargs)
-        return wrapped
+        return self.wrap(module, self.kwargs)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn import Module
 
 from lightning_efficient_init.deferred.sharded import windows
 from lightning_efficient_init.strategies.fsdp2 import SizesMesh, check_parallelized, is_parallelized, shard_blocks
-from lightning_efficient_init.strategies.sharded import refuse_quantized, sharded_init_context
+from lightning_efficient_init.strategies.sharded import adapting
 from lightning_efficient_init.trainer.sharded import LoadsParts
 
 if TYPE_CHECKING:
@@ -45,6 +43,7 @@ class EfficientFSDP2Strategy(SizesMesh, LoadsParts, ModelParallelStrategy):
     """
 
     strategy_name = "efficient_init_fsdp2"
+    precision_plugin = adapting(ModelParallelStrategy.precision_plugin)
 
     def __init__(
         self,
@@ -64,23 +63,6 @@ class EfficientFSDP2Strategy(SizesMesh, LoadsParts, ModelParallelStrategy):
             timeout=timeout,
         )
         self._parallelize_fn: Callable[[Any, DeviceMesh], Any] = parallelize_fn or shard_blocks
-
-    @property
-    def precision_plugin(self) -> Precision:
-        """The plugin, which must not quantize."""
-        return super().precision_plugin
-
-    @precision_plugin.setter
-    def precision_plugin(self, precision_plugin: Precision | None) -> None:
-        refuse_quantized(getattr(precision_plugin, "quantize", None))
-        ModelParallelStrategy.precision_plugin.fset(self, precision_plugin)  # type: ignore[attr-defined]
-
-    @contextmanager
-    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
-        """Record the construction of modules, in the precision; checkpoints are read once they are sharded."""
-        context = sharded_init_context(self.root_device, empty=bool(empty_init))
-        with self.precision_plugin.tensor_init_context(), context:
-            yield
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Shard the module, give each rank its part, and make the optimizers."""

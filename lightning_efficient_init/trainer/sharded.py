@@ -1,8 +1,9 @@
-"""What the Trainer's sharding strategies share: checkpoints of which each rank reads its part."""
+"""What the sharding strategies for the Trainer share: construction on paper, checkpoints in parts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,10 +13,32 @@ from lightning.pytorch.strategies import Strategy
 from lightning_efficient_init.lightning_checkpoint import is_streamable, open_lightning_checkpoint
 from lightning_efficient_init.load.replicas import agreed
 from lightning_efficient_init.load.state_dict import streaming_load_state_dict
-from lightning_efficient_init.strategies.sharded import ShardsModules
+from lightning_efficient_init.strategies.sharded import ShardsModules, sharded_init_context
 
 
-class LoadsParts(ShardsModules, Strategy):
+class RecordsModules(ShardsModules, Strategy):
+    """A strategy whose modules are recorded inside ``trainer.init_module()``, and sharded when they are set up."""
+
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Record the construction of modules, in the precision; checkpoints are read once they are sharded."""
+        context = sharded_init_context(self.root_device, empty=bool(empty_init))
+        with self.precision_plugin.tensor_init_context(), context:
+            yield
+
+    def _open(self, path: _PATH, weights_only: bool | None) -> dict[str, Any]:
+        """The checkpoint, with weights and optimizer states as lazy tensors."""
+        with agreed(self.replicas()):
+            return open_lightning_checkpoint(path, torch.device("cpu"), weights_only=weights_only is not False)
+
+    def _stream_weights(self, checkpoint: Mapping[str, Any], strict: bool) -> None:
+        """Read this rank's part of the weights, through the module's own ``load_state_dict``."""
+        assert self.lightning_module is not None
+        with streaming_load_state_dict():
+            self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
+
+
+class LoadsParts(RecordsModules):
     """A strategy that restores a module after it has been sharded, through the module's own ``load_state_dict``."""
 
     _path = "The checkpoint"
@@ -31,16 +54,12 @@ class LoadsParts(ShardsModules, Strategy):
         if not is_streamable(checkpoint_path):
             kwargs = {} if weights_only is None else {"weights_only": weights_only}
             return super().load_checkpoint(checkpoint_path, **kwargs)
-        with agreed(self.replicas()):
-            path = checkpoint_path
-            return open_lightning_checkpoint(path, torch.device("cpu"), weights_only=weights_only is not False)
+        return self._open(checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Stream this rank's part of the weights through the module's own ``load_state_dict``."""
         if is_streamable(self._path):
-            assert self.lightning_module is not None
-            with streaming_load_state_dict():
-                self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
+            self._stream_weights(checkpoint, strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Read this rank's part of the optimizers' states."""

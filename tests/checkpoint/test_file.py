@@ -8,7 +8,9 @@ import torch
 
 from lightning_efficient_init.checkpoint.file import CheckpointFile
 from lightning_efficient_init.errors import CheckpointReadError, CorruptCheckpointError
-from lightning_efficient_init.load.pipeline import Settings, transfer
+from lightning_efficient_init.load.load import stream
+from lightning_efficient_init.load.pipeline import Settings
+from lightning_efficient_init.load.report import Meter
 from lightning_efficient_init.sinks import Segment
 
 UNREADABLE = "/proc/self/mem"  # a regular file that can be opened, and whose first bytes nobody can read
@@ -61,6 +63,7 @@ def test_a_file_that_the_system_fails_to_read_is_reported_after_several_attempts
 @needs_unreadable
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_a_load_says_which_tensor_the_system_failed_to_read(dtype):
+    segment = Segment(UNREADABLE, 0, torch.float32, torch.zeros(4, dtype=dtype), "w")
     with pytest.raises(CheckpointReadError, match=r"self/mem', tensor 'w': expected 16 bytes at position 0") as caught:
-        transfer([Segment(UNREADABLE, 0, torch.float32, torch.zeros(4, dtype=dtype), "w")], Settings())
+        stream([segment], Settings(), Meter(16, set(), progress=False))
     assert caught.value.written == ("w",)

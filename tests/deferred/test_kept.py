@@ -6,6 +6,8 @@ import copy
 import gc
 import io
 import pickle
+import subprocess
+import sys
 import warnings
 import weakref
 
@@ -268,6 +270,24 @@ def test_empty_memory_without_a_recipe_is_refused_at_first_use(models, lose_reci
             lost.state_dict()
     lost.load_state_dict(expected.state_dict())
     assert torch.equal(lost(ids), expected(ids))
+
+
+def test_empty_memory_that_another_process_has_saved_is_refused_where_nothing_was_recorded(tmp_path):
+    with empty_init():
+        model = nn.Linear(8, 8)
+    torch.save({name: param.detach() for name, param in model.named_parameters()}, tmp_path / "empty.pt")
+    script = """
+import sys
+import torch
+from lightning_efficient_init.deferred import watch
+model = torch.nn.Linear(8, 8)
+model.load_state_dict(torch.load(sys.argv[1]))
+watch(model)
+model(torch.ones(1, 8))
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "empty.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert "DeferredParameterError: 'weight', 'bias': the memory of these parameters has never been" in done.stderr
 
 
 def test_a_call_with_other_parameters_is_no_first_use(models):

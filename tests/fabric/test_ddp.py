@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import lightning as L
 import pytest
@@ -17,9 +18,9 @@ WORLDS = [1, 2, 3]
 WIDE = 40_000  # a model whose weights outweigh headers and pages
 
 
-def ddp_fabric(world_size, efficient_init="32-true", **kwargs):
+def ddp_fabric(world_size, efficient_init="32-true", accelerator="cpu", **kwargs):
     ours = {"strategy": "efficient_init_ddp", "plugins": [EfficientInit(efficient_init)]}
-    fabric = L.Fabric(accelerator="cpu", devices=world_size, **(kwargs or ours))
+    fabric = L.Fabric(accelerator=accelerator, devices=world_size, **(kwargs or ours))
     fabric.launch()
     torch.manual_seed(17 + fabric.global_rank)
     return fabric
@@ -33,6 +34,14 @@ def eager_model(precision="32-true", width=24):
         return Regression(width)
     finally:
         torch.set_default_dtype(before)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def accelerator(request):
+    """What two ranks run on."""
+    if request.param == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    return request.param
 
 
 @pytest.fixture
@@ -187,10 +196,11 @@ def test_optimizer_states_are_read_once_on_a_node_too(tmp_path):
                 assert torch.equal(state[index][name], value)
 
 
-def _several_nodes(rank, world_size, path):
+def _several_nodes(rank, world_size, path, round_bytes):
     from lightning_efficient_init.load import replicas
 
     replicas.platform.node = lambda: "ab"[rank // 2]
+    replicas._ROUND_BYTES = round_bytes
     fabric = ddp_fabric(world_size)
     with fabric.init_module(empty_init=True):
         model = Regression(24)
@@ -198,10 +208,11 @@ def _several_nodes(rank, world_size, path):
     return report.bytes_per_rank, model.state_dict()
 
 
-def test_each_node_reads_for_itself(checkpoint):
+@pytest.mark.parametrize("round_bytes", [700, 1 << 20])
+def test_each_node_reads_for_itself(checkpoint, round_bytes):
     expected = torch.load(checkpoint)
     total = sum(tensor.nbytes for tensor in expected.values())
-    for per_rank, found in run_ranks(_several_nodes, 3, 3, checkpoint):
+    for per_rank, found in run_ranks(_several_nodes, 3, 3, checkpoint, round_bytes):
         assert per_rank[0] + per_rank[1] == per_rank[2] == total
         assert_equal_states(found, expected)
 
@@ -224,7 +235,10 @@ class Awkward(nn.Module):
         self.register_buffer("codes", torch.arange(300).to(torch.uint16))
 
 
-def _load_awkward(rank, world_size, path):
+def _load_awkward(rank, world_size, path, round_bytes):
+    from lightning_efficient_init.load import replicas
+
+    replicas._ROUND_BYTES = round_bytes
     fabric = ddp_fabric(world_size)
     with fabric.init_module(empty_init=True):
         model = Awkward()
@@ -232,19 +246,124 @@ def _load_awkward(rank, world_size, path):
     return model.state_dict()
 
 
+@pytest.mark.parametrize("round_bytes", [100_000, 1 << 30])
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_tensors_of_every_kind_are_shared(tmp_path, world_size):
+def test_tensors_of_every_kind_are_shared(tmp_path, world_size, round_bytes):
     expected = Awkward().state_dict()
     expected["large"] = torch.rand(2, 1_100_000)[1]
     expected["tied.bias"] = expected["large"][7:57]
     torch.save(expected, tmp_path / "a.pth")
-    for found in run_ranks(_load_awkward, world_size, world_size, tmp_path / "a.pth"):
+    for found in run_ranks(_load_awkward, world_size, world_size, tmp_path / "a.pth", round_bytes):
         for name, value in expected.items():
             assert found[name].dtype == value.dtype
             assert torch.equal(
                 found[name].view(-1).view(torch.uint8) if name == "fp8" else found[name],
                 value.view(torch.uint8) if name == "fp8" else value,
             ), name
+
+
+def _read_while_sharing(rank, world_size, path):
+    """How much this rank has read by the end of a first sharing that takes its time, and how much in all."""
+    from lightning_efficient_init.load import load, replicas
+
+    replicas._ROUND_BYTES = 1 << 18
+    share, in_first = replicas.Replicas.share, []
+    fabric = ddp_fabric(world_size)
+    with fabric.init_module(empty_init=True):
+        model = Regression(WIDE)
+    before = _rchar()
+
+    def share_slowly(self, done):
+        ahead = load.MAX_BATCHES * (1 << 18) // world_size
+        deadline = time.monotonic() + 20
+        while not in_first and _rchar() - before < ahead and time.monotonic() < deadline:
+            time.sleep(0.01)
+        in_first.append(_rchar() - before)
+        share(self, done)
+
+    replicas.Replicas.share = share_slowly
+    report = load_checkpoint(model, path)
+    return in_first, load.MAX_BATCHES * (1 << 18) // world_size, report.bytes_per_rank, model.state_dict()
+
+
+def test_threads_read_on_while_what_was_read_is_shared(tmp_path):
+    expected = Regression(WIDE).state_dict()
+    torch.save(expected, tmp_path / "a.pth")
+    total = sum(tensor.nbytes for tensor in expected.values())
+    for read, ahead, per_rank, found in run_ranks(_read_while_sharing, 2, 2, tmp_path / "a.pth"):
+        assert len(read) == -(-total // (1 << 18))
+        assert (1 << 18) / 2 < ahead <= read[0] < total / 2  # as far ahead as it may, no further
+        assert sum(per_rank) == total
+        assert_equal_states(found, expected)
+
+
+def _load_in_rounds(rank, world_size, path, accelerator, precision):
+    from lightning_efficient_init.load import replicas
+
+    replicas._ROUND_BYTES = 4 << 20
+    fabric = ddp_fabric(world_size, precision, accelerator)
+    with fabric.init_module(empty_init=True):
+        model = _wide_linears()
+    load_checkpoint(model, path)
+    first = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        for param in model.parameters():
+            param.zero_()
+    load_checkpoint(model, path)  # into memory that the device still writes to
+    return first, {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+
+
+def _wide_linears():
+    return nn.ModuleList(nn.Linear(1024, 1024) for _ in range(16))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_what_is_shared_in_many_rounds_is_what_the_file_has(tmp_path, accelerator, precision):
+    expected = _wide_linears().state_dict()
+    torch.save(expected, tmp_path / "a.pth")
+    expected = {name: value.to(DTYPES.get(precision, torch.float32)) for name, value in expected.items()}
+    for states in run_ranks(_load_in_rounds, 2, 2, tmp_path / "a.pth", accelerator, precision):
+        for found in states:
+            assert_equal_states(found, expected)
+
+
+def _hold_scratch(rank, world_size, path, accelerator):
+    from lightning_efficient_init.load import load
+    from lightning_efficient_init.sinks import plain
+
+    load.BATCH_BYTES = 1 << 16
+    held, peaks = [], []
+
+    class Watched(plain.ScratchSink):
+        def segments(self):
+            held.append(self.scratch_bytes)
+            peaks.append(sum(held))
+            return super().segments()
+
+        def finish(self):
+            super().finish()
+            held.remove(self.scratch_bytes)
+
+    plain.ScratchSink = Watched
+    fabric = ddp_fabric(world_size, accelerator=accelerator)
+    with fabric.init_module(empty_init=True):
+        model = _linears()
+    load_checkpoint(model, path)
+    state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    return max(peaks), load.MAX_BATCHES * load.BATCH_BYTES, state
+
+
+def test_scratch_memory_is_bounded_while_ranks_share(tmp_path, accelerator):
+    expected = _linears().state_dict()
+    expected |= {name: value.mT.contiguous().mT for name, value in expected.items() if value.ndim == 2}
+    torch.save(expected, tmp_path / "a.pth")
+    for peak, bound, found in run_ranks(_hold_scratch, 2, 2, tmp_path / "a.pth", accelerator):
+        assert bound / 2 < peak <= bound
+        assert_equal_states(found, expected)
+
+
+def _linears():
+    return nn.ModuleList(nn.Linear(64, 96) for _ in range(32))
 
 
 def _different_models(rank, world_size, path):
@@ -261,6 +380,23 @@ def test_ranks_that_load_different_things_read_for_themselves(checkpoint):
     for per_rank, weight in run_ranks(_different_models, 2, 2, checkpoint):
         assert per_rank == (total, total - expected["scale"].nbytes)
         assert torch.equal(weight, expected["net.0.weight"])
+
+
+def _different_layouts(rank, world_size, path):
+    fabric = ddp_fabric(world_size)
+    with fabric.init_module():
+        model = Regression(24)
+    if rank:
+        model.net[0].weight.data = model.net[0].weight.data.mT.contiguous().mT
+    return load_checkpoint(model, path).bytes_per_rank, model.state_dict()
+
+
+def test_ranks_whose_memory_is_laid_out_in_different_ways_read_for_themselves(checkpoint):
+    expected = torch.load(checkpoint)
+    total = sum(tensor.nbytes for tensor in expected.values())
+    for per_rank, found in run_ranks(_different_layouts, 2, 2, checkpoint, timeout_s=60):
+        assert per_rank == (total, total)
+        assert_equal_states(found, expected)
 
 
 def _load_what_one_rank_lacks(rank, world_size, paths, how):
@@ -324,6 +460,47 @@ def test_a_failure_to_read_reaches_every_rank(tmp_path):
     first, second = run_ranks(_shrinks_after_the_plan, 2, 2, tmp_path / "a.pth", timeout_s=60)
     assert "the file ends at" in first
     assert "the file ends at" in second
+
+
+def _lose_the_end(rank, world_size, folder):
+    """The file ends before what rank 1 reads in its last rounds; all that rank 0 reads is there."""
+    from lightning_efficient_init.load import load, replicas
+
+    replicas._ROUND_BYTES = 1 << 16
+    fabric = ddp_fabric(world_size)
+    with fabric.init_module():
+        model = _linears()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plan_load = load.plan_load
+
+    def plan_then_truncate(*args, **kwargs):
+        plan = plan_load(*args, **kwargs)
+        torch.distributed.barrier()
+        if rank == 1:
+            os.truncate(folder / "short.pth", os.path.getsize(folder / "short.pth") * 3 // 4)
+        torch.distributed.barrier()
+        return plan
+
+    load.plan_load = plan_then_truncate
+    with pytest.raises(CorruptCheckpointError) as caught:
+        load_checkpoint(model, folder / "short.pth")
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    load.plan_load = plan_load
+    load_checkpoint(model, folder / "whole.pth")
+    return str(caught.value), caught.value.written, changed, model.state_dict()
+
+
+def test_a_failure_in_the_middle_names_on_every_rank_what_any_of_them_has_written(tmp_path):
+    expected = _linears().state_dict()
+    for name in ("short.pth", "whole.pth"):
+        torch.save(expected, tmp_path / name)
+    first, second = run_ranks(_lose_the_end, 2, 2, tmp_path, timeout_s=60)
+    assert first[0] == second[0]
+    assert "the file ends at" in first[0]
+    for _, written, changed, found in (first, second):
+        assert changed
+        assert changed <= set(written) < expected.keys()
+        assert_equal_states(found, expected)
 
 
 def _strict(rank, world_size, path):

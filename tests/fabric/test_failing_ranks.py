@@ -17,6 +17,7 @@ from torch import nn
 
 from lightning_efficient_init import load_checkpoint
 from lightning_efficient_init.errors import CheckpointError
+from lightning_efficient_init.load import replicas
 
 STRATEGIES = ["efficient_init_ddp", "efficient_init_fsdp", "efficient_init_fsdp2", "efficient_init_deepspeed_stage_3"]
 strategies = pytest.mark.parametrize("strategy", STRATEGIES)
@@ -93,6 +94,20 @@ def _fault(rank, strategy, folder, fault):
         with fabric.init_module():
             model = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8192, 8192))  # of 256 MiB; buffers are shared after it
         fabric.setup(model)
+    if fault == "kill while sharing":
+        replicas._ROUND_BYTES = 4096
+        broadcast, rounds = replicas._broadcast, []
+
+        def broadcast_or_end(*args):
+            rounds.append(args)
+            if rank == 1 and len(rounds) == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            broadcast(*args)
+
+        replicas._broadcast = broadcast_or_end
+        with fabric.init_module(empty_init=True):
+            model = small()
+        load_checkpoint(model, f"{folder}/a.pth")
     if fault == "kill":
         with fabric.init_module(empty_init=True):
             model = fabric.setup(small())
@@ -123,6 +138,12 @@ def test_a_rank_whose_constructor_raises_takes_the_others_down(tmp_path, strateg
     first, second = fail(strategy, tmp_path, "constructor")
     assert "no vocabulary on this node" in second
     assert "at least one of them has ended" in first
+
+
+def test_a_rank_that_is_killed_while_it_shares_what_it_has_read_takes_the_others_down(tmp_path):
+    first, second = fail("efficient_init_ddp", tmp_path, "kill while sharing")
+    assert "-9" in second
+    assert "rank 0 ended with exit code 1" in first  # and not because it was still there
 
 
 @strategies
