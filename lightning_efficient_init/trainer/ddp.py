@@ -13,7 +13,7 @@ from torch import distributed
 
 from lightning_efficient_init.deferred import deferred_init
 from lightning_efficient_init.load.replicas import replicate
-from lightning_efficient_init.strategies.ddp import HasReplicas, replicate_module, to_device
+from lightning_efficient_init.strategies.ddp import HasReplicas, replicate_module, share_quantized, to_device
 from lightning_efficient_init.trainer.streaming import StreamsCheckpoints
 
 
@@ -54,9 +54,10 @@ class EfficientDDPStrategy(HasReplicas, StreamsCheckpoints, DDPStrategy):
         super().setup(trainer)
 
     def model_to_device(self) -> None:
-        """Move the module; one whose construction was only recorded is built on the device."""
+        """Move the module; one whose construction was only recorded is built on the device, and quantized there."""
         assert self.model is not None
         to_device(self.model, self.root_device)
+        share_quantized(self.model)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Stream the weights through the module's own ``load_state_dict``."""
