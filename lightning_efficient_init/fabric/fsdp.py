@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lightning_efficient_init.fabric.streaming import StreamsCheckpoints
 from lightning_efficient_init.lightning_checkpoint import is_streamable
 from lightning_efficient_init.precision import EfficientInit
-from lightning_efficient_init.strategies.fsdp import KeepsDeclaredDtypes, gathering, is_wrapped, wrap
+from lightning_efficient_init.strategies.fsdp import KeepsDeclaredDtypes, gathering, is_wrapped, making_mesh, wrap
 from lightning_efficient_init.strategies.sharded import ShardsModules, refuse_quantized, sharded_init_context
 
 
@@ -46,6 +46,11 @@ class EfficientFSDPStrategy(ShardsModules, StreamsCheckpoints, FSDPStrategy):
             refuse_quantized(precision.quantize)
             precision = _Precision(precision.precision, lambda: self.root_device.type)
         FSDPStrategy.precision.fset(self, precision)  # type: ignore[attr-defined]
+
+    def setup_environment(self) -> None:
+        """See Lightning's ``FSDPStrategy``; a mesh may be of CPUs as well."""
+        with making_mesh(self._fsdp_kwargs, lambda: self.root_device.type):
+            super().setup_environment()
 
     @contextmanager
     def module_init_context(self, empty_init: bool | None = None) -> Iterator[None]:

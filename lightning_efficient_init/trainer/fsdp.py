@@ -14,7 +14,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_efficient_init.precision import EfficientInit
-from lightning_efficient_init.strategies.fsdp import KeepsDeclaredDtypes, gathering, is_wrapped, wrap
+from lightning_efficient_init.strategies.fsdp import KeepsDeclaredDtypes, gathering, is_wrapped, making_mesh, wrap
 from lightning_efficient_init.strategies.sharded import refuse_quantized, sharded_init_context
 from lightning_efficient_init.trainer.sharded import LoadsParts
 
@@ -48,6 +48,11 @@ class EfficientFSDPStrategy(LoadsParts, FSDPStrategy):
             refuse_quantized(precision_plugin.quantize)
             precision_plugin = _Precision(precision_plugin.precision, lambda: self.root_device.type)
         FSDPStrategy.precision_plugin.fset(self, precision_plugin)  # type: ignore[attr-defined]
+
+    def setup_environment(self) -> None:
+        """See Lightning's ``FSDPStrategy``; a mesh may be of CPUs as well."""
+        with making_mesh(self.kwargs, lambda: self.root_device.type):
+            super().setup_environment()
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
