@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--only", default="", metavar="REGEX", help="of these, the ones in whose name or title it is")
     parser.add_argument("--rounds", type=int, default=default.rounds, help="runs of each row (default: %(default)s)")
-    parser.add_argument("--stock-rounds", type=int, help="runs of Lightning's own ways, which take long")
+    parser.add_argument("--stock-rounds", type=int, help="runs of the ways that are not ours, which take long")
     parser.add_argument("--precision", default=default.precision, choices=[*DTYPES])
     parser.add_argument("--accelerator", default=default.accelerator, choices=["auto", "cpu", "cuda"])
     parser.add_argument("--folder", help="where the weights are written, and deleted afterwards")
