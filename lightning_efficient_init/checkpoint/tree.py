@@ -65,14 +65,16 @@ class _Mapping:
         plain = type(node) is dict or type(node) is OrderedDict
         result = self._remember(node, type(node)() if plain else _shallow_copy(node))
         for key, value in node.items():
-            result[key] = self.visit(value, (*path, key))
-        self._visit_attributes(node, result, path)
+            result[key] = value if type(value) in _ATOMS else self.visit(value, (*path, key))
+        if type(node) is not dict:
+            self._visit_attributes(node, result, path)
         return result
 
     def _visit_list(self, node: list[Any], path: Path) -> Any:
         result = self._remember(node, [] if type(node) is list else _shallow_copy(node))
         result[:] = [self.visit(value, (*path, index)) for index, value in enumerate(node)]
-        self._visit_attributes(node, result, path)
+        if type(node) is not list:
+            self._visit_attributes(node, result, path)
         return result
 
     def _visit_tuple(self, node: tuple[Any, ...], path: Path) -> Any:

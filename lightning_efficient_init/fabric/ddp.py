@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_efficient_init.fabric.streaming import StreamsCheckpoints
 from lightning_efficient_init.load.replicas import replicating
-from lightning_efficient_init.strategies.ddp import HasReplicas, replicate_module, to_device
+from lightning_efficient_init.strategies.ddp import HasReplicas, replicate_module, share_quantized, to_device
 
 
 class EfficientDDPStrategy(HasReplicas, StreamsCheckpoints, DDPStrategy):
@@ -40,4 +40,5 @@ class EfficientDDPStrategy(HasReplicas, StreamsCheckpoints, DDPStrategy):
     def setup_module(self, module: Module) -> DistributedDataParallel:
         """Wrap the module; every rank gets the values of rank 0, also those that are yet to be initialized."""
         replicate_module(module)
+        share_quantized(module)
         return super().setup_module(module)  # type: ignore[return-value]

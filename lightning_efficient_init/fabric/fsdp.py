@@ -11,7 +11,13 @@ from lightning.fabric.strategies import FSDPStrategy
 from torch.nn import Module
 
 from lightning_efficient_init.fabric.sharded import RecordsModules
-from lightning_efficient_init.strategies.fsdp import KeepsDeclaredDtypes, WrapsModules, gathering, is_wrapped
+from lightning_efficient_init.strategies.fsdp import (
+    KeepsDeclaredDtypes,
+    WrapsModules,
+    gathering,
+    is_wrapped,
+    making_mesh,
+)
 from lightning_efficient_init.strategies.sharded import adapting
 
 
@@ -31,6 +37,11 @@ class EfficientFSDPStrategy(WrapsModules, RecordsModules, FSDPStrategy):
 
     precision = adapting(FSDPStrategy.precision)
     precision_class = _Precision
+
+    def setup_environment(self) -> None:
+        """See Lightning's ``FSDPStrategy``; a mesh may be of CPUs as well."""
+        with making_mesh(self._fsdp_kwargs, lambda: self.root_device.type):
+            super().setup_environment()
 
     @contextmanager
     def module_init_context(self, empty_init: bool | None = None) -> Iterator[None]:

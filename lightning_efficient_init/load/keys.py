@@ -54,6 +54,8 @@ def rename_modules(metadata: Any, names: Mapping[str, str]) -> dict[str, Any] | 
     """
     if not isinstance(metadata, Mapping) or not metadata:
         return None
+    if all(key == name for key, name in names.items()):
+        return dict(metadata)
     renamed: dict[str, Any] = {}
     for key, name in names.items():
         old, new = key.split("."), name.split(".")

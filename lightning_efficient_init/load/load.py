@@ -28,9 +28,9 @@ from lightning_efficient_init.quantize import parts_of
 from lightning_efficient_init.sharding import copies_of, is_engine, part_of, refresh, refresh_engine
 from lightning_efficient_init.sinks import Sink, sinks_for
 
-# Scratch memory on the device, together 128 MiB. Four batches keep a dozen threads busy while one is worked on.
-BATCH_BYTES = 32 << 20
-MAX_BATCHES = 4
+# Scratch memory on the device, together 144 MiB. Two batches keep a dozen threads busy while one is worked on.
+BATCH_BYTES = 48 << 20
+MAX_BATCHES = 3
 
 
 @collections_paused()  # around the whole call: what it made along the way is gone before the collector looks

@@ -1,11 +1,12 @@
 """Moves bytes from files into memory: many threads, each reading and copying on its own.
 
 How it works. The extents to load are cut into reads (``extents.py``). A handful of threads take the next read from a
-common list. Each owns a file descriptor, a CUDA stream and two slots of the ring, which is one anonymous mapping
-registered with CUDA once, so that the device copies from it at full speed. A thread reads into one slot while the
-device still copies from its other one; an event per slot says when it is free again. The ring is all the host memory
-that a load takes, whatever the checkpoint's size. With a dozen threads the GIL is what limits the rate: a lane makes
-as few calls per read as it can, and each thread pins its own slots, while the others already load.
+common list. Each owns a file descriptor and two slots of the ring, which is one anonymous mapping, pinned so that the
+device copies from it at full speed. A thread reads into one slot while the device still copies from its other one; an
+event per slot says when it is free again. The ring is all the host memory that a load takes, whatever the checkpoint's
+size. All copies go through one CUDA stream, which keeps the link to the device busy by itself. With a dozen threads
+the GIL is what limits the rate: a lane makes as few calls per read as it can, and each thread pins its own slots,
+while reads are still being planned and others already load.
 
 If the target is on the CPU and nothing has to be cast, the ring is not used: ``preadv`` scatters straight from the
 page cache into the parameters.
@@ -93,10 +94,9 @@ class Settings:
 class Batch:
     """Segments that are read together, and how far that has come."""
 
-    def __init__(self, reads: Sequence[Read], device: torch.device) -> None:
+    def __init__(self, reads: Sequence[Read]) -> None:
         self.reads = reads
         self.done = threading.Event()
-        self.ready = _event(device)
         self._lock = threading.Lock()
         self._num_taken = 0
         self._num_waiting = len(reads)
@@ -137,6 +137,7 @@ class Transfer:
 
     def __init__(self, device: torch.device, settings: Settings, on_tick: Callable[[int], None] | None = None) -> None:
         self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._num_threads, slot_bytes = divide(settings)
         self._max_read_bytes = slot_bytes - 2 * PAGE_BYTES  # room to align a read in its slot
         self._ring = _Ring(self._num_threads * SLOTS_PER_THREAD, slot_bytes)
@@ -165,14 +166,23 @@ class Transfer:
 
     def submit(self, segments: Sequence[Segment]) -> Batch:
         """Start to read. What the current stream of the device has to do by now is done before memory is written."""
-        batch = Batch(plan_reads(segments, self._max_read_bytes), self._device)
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        busy = len(self._lanes)
+        # lanes that are needed in any case pin their slots while the reads are being planned
+        self._grow(busy + sum(segment.num_bytes for segment in segments) // self._max_read_bytes)
+        batch = Batch(plan_reads(segments, self._max_read_bytes))
         for _read in batch.reads:
             self._waiting.put(batch)
-        for _new in range(len(self._lanes), min(self._num_threads, len(self._lanes) + len(batch.reads))):
-            lane = _lane(self._device, self._ring, len(self._lanes))
+        self._grow(busy + len(batch.reads))
+        return batch
+
+    def _grow(self, num_lanes: int) -> None:
+        """Start threads until there are so many, or as many as there may be."""
+        for number in range(len(self._lanes), min(self._num_threads, num_lanes)):
+            lane = self._lane(number)
             self._lanes.append(lane)
             self._pool.submit(self._work, lane)
-        return batch
 
     def wait(self, batch: Batch) -> None:
         """Return when all values of a batch are in place, as far as the current stream of the device is concerned.
@@ -186,8 +196,13 @@ class Transfer:
                 raise self._errors[0]
             if self._on_tick is not None:
                 self._on_tick(self.num_bytes)
-        for lane in self._lanes:
-            lane.join_stream()
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    def _lane(self, number: int) -> _Lane:
+        if self._stream is not None:
+            return _CudaLane(self._stream, *self._ring.part(number))
+        return _StagedLane(self._device, *self._ring.part(number))
 
     def _work(self, lane: _Lane) -> None:
         try:
@@ -207,19 +222,9 @@ class Transfer:
         batch = self._waiting.get()
         if batch is None or self._stop.is_set():
             return False
-        lane.follow(batch.ready)
         lane.load(batch.take())
         batch.has_read()
         return True
-
-
-def _event(device: torch.device) -> torch.cuda.Event | None:
-    """What the current stream of a CUDA device has to do by now."""
-    if device.type != "cuda":
-        return None
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(device))
-    return event
 
 
 def divide(settings: Settings) -> tuple[int, int]:
@@ -285,12 +290,6 @@ class _Lane:
 
     def __exit__(self, *_: object) -> None:
         self._close()
-
-    def follow(self, ready: torch.cuda.Event | None) -> None:
-        """Let what the device had to do until ``ready`` come first."""
-
-    def join_stream(self) -> None:
-        """Let what the device does from now on come after what this lane has copied."""
 
     def load(self, read: Read) -> None:
         """Bring one read to where it belongs."""
@@ -377,21 +376,21 @@ class _StagedLane(_Lane):
 
 
 class _CudaLane(_StagedLane):
-    """A staged lane with pinned slots, a stream of its own, and an event per slot that says when it is free again."""
+    """A staged lane with pinned slots, and an event per slot that says when it is free again."""
 
-    def __init__(self, device: torch.device, whole: torch.Tensor, slots: list[_Slot]) -> None:
-        super().__init__(device, whole, slots)
-        self._stream = torch.cuda.Stream(device)
-        self._stream.wait_stream(torch.cuda.current_stream(device))
+    def __init__(self, stream: torch.cuda.Stream, whole: torch.Tensor, slots: list[_Slot]) -> None:
+        super().__init__(stream.device, whole, slots)
+        self._stream = stream
         self._events = [torch.cuda.Event() for _ in slots]
         self._is_pinned = False
-        self._followed: torch.cuda.Event | None = None
 
     def __enter__(self) -> _Lane:
         torch.cuda.set_stream(self._stream)  # of this thread, which ends with the load
+        start, num_bytes = self._whole.data_ptr(), self._whole.numel()
+        # to pin memory that is there takes a fraction of the time, which all threads spend one after the other
+        ctypes.memset(start, 0, num_bytes)
         # where the system forbids it (a small limit of locked memory), copies are slower, not wrong
-        result = torch.cuda.cudart().cudaHostRegister(self._whole.data_ptr(), self._whole.numel(), 0)
-        self._is_pinned = int(result) == 0
+        self._is_pinned = int(torch.cuda.cudart().cudaHostRegister(start, num_bytes, 0)) == 0
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -400,14 +399,6 @@ class _CudaLane(_StagedLane):
         if self._is_pinned:
             torch.cuda.cudart().cudaHostUnregister(self._whole.data_ptr())
 
-    def follow(self, ready: torch.cuda.Event | None) -> None:
-        if ready is not None and ready is not self._followed:
-            self._stream.wait_event(ready)
-            self._followed = ready
-
-    def join_stream(self) -> None:
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
-
     def _wait_for_slot(self) -> None:
         self._events[self._turn].synchronize()
 
@@ -415,16 +406,10 @@ class _CudaLane(_StagedLane):
         self._events[self._turn].record(self._stream)
 
 
-def _lane(device: torch.device, ring: _Ring, number: int) -> _Lane:
-    if device.type == "cuda":
-        return _CudaLane(device, *ring.part(number))
-    return _StagedLane(device, *ring.part(number))
-
-
 def _copy(raw: torch.Tensor, segment: Segment, *, non_blocking: bool) -> None:
     """Copy the bytes of a segment, on the host or on the device, to its destination."""
     if segment.is_raw:
-        segment.dest.view(torch.uint8).copy_(raw, non_blocking=non_blocking)
+        segment.dest_bytes.copy_(raw, non_blocking=non_blocking)
     else:
         segment.dest.copy_(raw.to(segment.device, non_blocking=non_blocking).view(segment.dtype))
 

@@ -28,6 +28,7 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
+from bitsandbytes.autograd._functions import MatMul8bitLt
 from bitsandbytes.functional import (
     QuantState,
     create_dynamic_map,
@@ -46,7 +47,7 @@ BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
 OUTLIER_THRESHOLD = 6.0  # of LLM.int8(), as in Lightning and transformers
 _CPU_CHUNK = 1 << 20  # the CPU kernels take about 20 bytes of memory for each element
-_FLOAT16_MAX = torch.finfo(torch.float16).max
+_FLOAT16_EXPONENT = 127 + 15  # of float16's largest value, as float32 has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,17 +403,19 @@ def _to_float16(rows: Tensor) -> tuple[Tensor, Tensor | None]:
     if rows.dtype == torch.float16:
         return rows, None
     largest = torch.linalg.vector_norm(rows, math.inf, dim=1).float()
-    _, exponent = torch.frexp(largest)  # largest < 2 ** exponent
-    is_scaled = (largest > _FLOAT16_MAX) & largest.isfinite()
-    exponent = torch.where(is_scaled, exponent - 15, 0)
+    exponents = (largest.view(torch.int32) >> 12) + 1 >> 11  # of what it is rounded to: float16 drops 13 bits
+    down, up = _scales(rows.device, rows.dtype)
     half = torch.empty_like(rows, dtype=torch.float16)
-    torch.mul(rows, _power_of_two(-exponent).to(rows.dtype).unsqueeze(1), out=half)
-    return half, _power_of_two(exponent)
+    torch.mul(rows, down.index_select(0, exponents).unsqueeze(1), out=half)
+    return half, up.index_select(0, exponents)
 
 
-def _power_of_two(exponent: Tensor) -> Tensor:
-    """``2 ** exponent`` from its bits: the functions of a device need not be exact."""
-    return ((exponent.int() + 127) << 23).view(torch.float32)
+@cache
+def _scales(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """By the exponent of a row's largest value, as float32 has it: what brings the row below 65520, and its inverse."""
+    finite = [max(0, exponent - _FLOAT16_EXPONENT) for exponent in range(255)]
+    powers = torch.tensor([*finite, 0, 0], dtype=torch.float64, device="cpu")  # infinite rows, and such of NaN, stay
+    return torch.exp2(-powers).to(device, dtype), torch.exp2(powers).to(device, torch.float32)
 
 
 class Linear4bit(QuantizedLayer, bnb.nn.Linear4bit):  # type: ignore[misc]
@@ -429,6 +432,25 @@ class Linear4bit(QuantizedLayer, bnb.nn.Linear4bit):  # type: ignore[misc]
         rows = x.to(self.compute_dtype).reshape(-1, x.shape[-1])
         out = bnb.matmul_4bit(rows, weight, bias=bias, quant_state=weight.quant_state)
         return out.to(x.dtype).view(*x.shape[:-1], out.shape[-1])  # type: ignore[no-any-return]
+
+
+class _TrainedMatMul8bit(MatMul8bitLt):  # type: ignore[misc]
+    """LLM.int8() with a weight that is trained.
+
+    On CUDA devices bitsandbytes 0.50 computes that weight's gradient in int8, from output gradients that it quantizes
+    by rows, with the scales of their columns: each row counts as much as any other, however small. Here it is the
+    product of what came in and what comes back, as on other devices.
+    """
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of rows, weight and bias."""
+        needs_rows, needs_weight, _, needs_bias, _ = ctx.needs_input_grad
+        ctx.needs_input_grad = (needs_rows, False, False, needs_bias, False)
+        grads: tuple[Tensor | None, ...] = MatMul8bitLt.backward(ctx, grad_output)
+        rows = ctx.A if ctx.is_empty else ctx.tensors[2]
+        grad = grad_output.t() @ rows.to(grad_output.dtype) if needs_weight else None
+        return grads[0], grad, None, grads[3], None
 
 
 class Linear8bit(QuantizedLayer, bnb.nn.Linear8bitLt):  # type: ignore[misc]
@@ -456,7 +478,11 @@ class Linear8bit(QuantizedLayer, bnb.nn.Linear8bitLt):  # type: ignore[misc]
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         with torch.autocast(device_type, enabled=False):  # bitsandbytes mixes up dtypes in the backward pass
-            out = bnb.matmul(x.to(dtype).reshape(-1, x.shape[-1]), weight, bias=bias, state=state)
+            rows = x.to(dtype).reshape(-1, x.shape[-1])
+            if rows.is_cuda and weight.requires_grad:
+                out = _TrainedMatMul8bit.apply(rows, weight, None, bias, state)
+            else:
+                out = bnb.matmul(rows, weight, bias=bias, state=state)
         return out.view(*x.shape[:-1], out.shape[-1])  # type: ignore[no-any-return]
 
 

@@ -2,8 +2,8 @@
 
 Those that multiply by a weight as ``torch.nn.Linear`` does, by Linear's own forward, whatever class and library they
 are from; and the Conv1D of transformers. Left alone, with a line in the debug log, is what would break or change its
-meaning: a weight that somebody else shares (an output head tied to an embedding), and one that the parent module reads
-by itself (``MultiheadAttention.out_proj``).
+meaning: a weight that somebody else shares (an output head tied to an embedding), one that the parent module reads
+by itself (``MultiheadAttention.out_proj``), and what peft has put beside a layer, to be trained.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def choose(roots: Iterable[Module], skip: Sequence[str] = ()) -> list[Module]:
         shared = _shared_memory(root)
         left = {module for path, module in tree if any(matches(path, pattern) for pattern in skip)}
         read = {module: reader for path, parent in tree for reader, module in _read_by(path, parent)}
+        added = {module for _, parent in tree for child in _added_by_peft(parent) for module in child.modules()}
         for path, module in tree:
             if not is_linear(module) or isinstance(module, QuantizedLayer) or module in chosen:
                 continue
@@ -51,6 +52,8 @@ def choose(roots: Iterable[Module], skip: Sequence[str] = ()) -> list[Module]:
                 reason = "skip_modules names it"
             elif shared[_memory(module.weight)] > 1:
                 reason = "something else shares its weight"
+            elif module in added:
+                reason = "peft has added it, to be trained"
             elif module in read:
                 reason = f"{read[module]} reads its weight directly"
             else:
@@ -112,6 +115,18 @@ def _shared_memory(root: Module) -> dict[int, int]:
             if tensor is not None and not torch.nn.parameter.is_lazy(tensor):
                 counts[_memory(tensor)] = counts.get(_memory(tensor), 0) + 1
     return counts
+
+
+def _added_by_peft(parent: Module) -> Iterator[Module]:
+    """What ``parent`` has beside the layer or the module that it adapts, if it is peft's."""
+    tuners, wrappers = sys.modules.get("peft.tuners.tuners_utils"), sys.modules.get("peft.utils.other")
+    if tuners is not None and isinstance(parent, tuners.BaseTunerLayer):
+        given = "base_layer"
+    elif wrappers is not None and isinstance(parent, wrappers.ModulesToSaveWrapper):
+        given = "original_module"
+    else:
+        return
+    yield from (child for name, child in parent.named_children() if name != given)
 
 
 def _read_by(path: str, parent: Module) -> Iterator[tuple[str, Module]]:

@@ -14,7 +14,15 @@ from lightning_efficient_init.sharding.dtensor import (
     like_dtensor,
     repeated_over,
 )
-from lightning_efficient_init.sharding.fsdp import FLAT_NAME, is_flat, is_flattened, mark_parts, stand_ins, stretch_of
+from lightning_efficient_init.sharding.fsdp import (
+    FLAT_NAME,
+    is_flat,
+    is_flattened,
+    mark_parts,
+    repeated_flat,
+    stand_ins,
+    stretch_of,
+)
 from lightning_efficient_init.sharding.fully_shard import offloaded, settle
 from lightning_efficient_init.sharding.part import Block, Part, Rows, Stretch
 from lightning_efficient_init.sharding.zero3 import (
@@ -83,7 +91,9 @@ def shape_of(tensor: Any) -> tuple[int, ...]:
 
 def copies_of(tensor: Any) -> torch.distributed.ProcessGroup | None:
     """The ranks that hold the same part of ``tensor``, if they are one axis of a mesh that is cut along another."""
-    return repeated_over(tensor) if is_dtensor(tensor) else None
+    if is_dtensor(tensor):
+        return repeated_over(tensor)
+    return repeated_flat(tensor) if is_flattened(tensor) else None
 
 
 def like_part(param: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,10 +28,11 @@ _stand_ins: weakref.WeakKeyDictionary[Module, dict[str, torch.Tensor]] = weakref
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Place:
-    """Where an original parameter is: which one of which flat parameter."""
+    """Where an original parameter is: which one of which flat parameter; and the ranks with the same shard."""
 
     handle: weakref.ref[Any]
     index: int
+    copies: distributed.ProcessGroup | None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # a copy or a pickle of the parameter is no part of it
@@ -39,7 +40,7 @@ class _Place:
 
 def mark_parts(module: Module) -> None:
     """Note, for every parameter below ``module`` that FSDP has flattened, where it is."""
-    for handle in _handles(module):
+    for handle, copies in _handles(module):
         flat = handle.flat_param
         index_of = {(info.module, info.param_name): index for index, info in enumerate(flat._param_infos)}
         shared = {
@@ -53,7 +54,7 @@ def mark_parts(module: Module) -> None:
                 known = _stand_ins.setdefault(owner, {})
                 made = stands.setdefault(index, known.get(name, torch.empty(0, dtype=flat.dtype, device=flat.device)))
                 param = known[name] = made
-            param.__dict__[_MARK] = _Place(weakref.ref(handle), index)
+            param.__dict__[_MARK] = _Place(weakref.ref(handle), index, copies)
 
 
 def stand_ins(module: Module) -> dict[str, torch.Tensor]:
@@ -69,6 +70,12 @@ def is_flat(tensor: torch.Tensor) -> bool:
 def is_flattened(tensor: torch.Tensor) -> bool:
     """Whether `mark_parts` has seen ``tensor``."""
     return tensor.__dict__.get(_MARK) is not None
+
+
+def repeated_flat(tensor: torch.Tensor) -> distributed.ProcessGroup | None:
+    """The ranks with the same part of a parameter that FSDP has flattened, if it shards in the hybrid way."""
+    place: _Place = tensor.__dict__[_MARK]
+    return place.copies
 
 
 def stretch_of(tensor: torch.Tensor) -> Stretch:
@@ -87,9 +94,11 @@ def stretch_of(tensor: torch.Tensor) -> Stretch:
     return Stretch(shape, info.intra_param_start_idx, memory, is_whole)
 
 
-def _handles(module: Module) -> Iterator[Any]:
+def _handles(module: Module) -> Iterator[tuple[Any, distributed.ProcessGroup | None]]:
+    """FSDP's units; and, where it shards in the hybrid way, the ranks of the other groups that have the same shard."""
     if not distributed.is_initialized():  # without processes FSDP cannot have wrapped anything
         return
     for child in module.modules():
         if "_fsdp_wrapped_module" in child._modules and (handle := getattr(child, "_handle", None)) is not None:
-            yield handle
+            copies = getattr(child, "_inter_node_pg", None)
+            yield handle, copies if copies is not None and copies.size() > 1 else None

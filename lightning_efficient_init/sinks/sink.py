@@ -41,7 +41,18 @@ class Segment:
         pitch_bytes: From the start of one run to the start of the next.
     """
 
-    __slots__ = ("_dest", "dtype", "file", "memory", "name", "num_bytes", "offset", "pitch_bytes", "row_bytes")
+    __slots__ = (
+        "_dest",
+        "_dest_bytes",
+        "dtype",
+        "file",
+        "memory",
+        "name",
+        "num_bytes",
+        "offset",
+        "pitch_bytes",
+        "row_bytes",
+    )
 
     scratch_bytes = 0
 
@@ -64,6 +75,7 @@ class Segment:
         self.row_bytes = row_bytes
         self.pitch_bytes = pitch_bytes
         self._dest: torch.Tensor | None = None
+        self._dest_bytes: torch.Tensor | None = None
 
     @property
     def dest(self) -> torch.Tensor:
@@ -71,6 +83,13 @@ class Segment:
         if self._dest is None:
             self._dest = self.memory.detach().view(-1)
         return self._dest
+
+    @property
+    def dest_bytes(self) -> torch.Tensor:
+        """The memory as bytes."""
+        if self._dest_bytes is None:
+            self._dest_bytes = self.dest if self.dtype is torch.uint8 else self.dest.view(torch.uint8)
+        return self._dest_bytes
 
     @property
     def device(self) -> torch.device:
@@ -90,7 +109,7 @@ class Segment:
         """Nothing is left to do."""
 
     def cut(self, offset: int, start: int, num_bytes: int) -> Segment:
-        """A part of it; one that tears elements apart is of bytes.
+        """A part of it; one of bytes where nothing has to be cast, so that elements may be torn apart.
 
         Args:
             offset: Position of the part in the file, in bytes.
@@ -98,10 +117,12 @@ class Segment:
             num_bytes: Its size in the file.
         """
         dtype, dest = self.dtype, self.dest
-        if start % dtype.itemsize or num_bytes % dtype.itemsize:
-            dtype, dest = torch.uint8, dest.view(torch.uint8)
+        if self.is_raw:
+            dtype, dest = torch.uint8, self.dest_bytes
         first, stop = start // dtype.itemsize, (start + num_bytes) // dtype.itemsize
-        return Segment(self.file, offset, dtype, dest[first:stop], self.name)
+        part = Segment(self.file, offset, dtype, dest[first:stop], self.name)
+        part._dest = part.memory  # in one dimension and detached already
+        return part
 
 
 class Sink(Protocol):

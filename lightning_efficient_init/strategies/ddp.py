@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import distributed
 from torch.nn import Module
 
 from lightning_efficient_init.deferred import is_deferred, materialize, reseed, seeds
+from lightning_efficient_init.errors import QuantizationError, shorten
 from lightning_efficient_init.load.replicas import Replicas, replicas_over, replicate
 from lightning_efficient_init.quantize import QuantizedParameter
 from lightning_efficient_init.rendezvous import exchange
@@ -24,18 +27,39 @@ def replicate_module(module: Module) -> None:
     """Make ``module`` one of equal ones: what is not written yet draws from rank 0's generators, on every rank."""
     assert distributed.group.WORLD is not None
     replicate(module, distributed.group.WORLD)
-    _share_quantized(module)
     states = exchange(seeds(module))
     if distributed.get_rank():
         reseed(module, states[0])
 
 
-def _share_quantized(module: Module) -> None:
-    """Give every rank rank 0's quantized weights: of their statistics ``DistributedDataParallel`` does not know."""
-    for param in module.parameters():
-        if isinstance(param, QuantizedParameter):
-            for part in param.parts().values():
-                distributed.broadcast(part, src=0)
+def share_quantized(module: Module) -> None:
+    """Give every rank rank 0's quantized weights: of their statistics ``DistributedDataParallel`` does not know.
+
+    Raises:
+        QuantizationError: The ranks have quantized different weights.
+    """
+    params = dict(sorted(module.named_parameters()))
+    weights = {name: param for name, param in params.items() if isinstance(param, QuantizedParameter)}
+    _confirm({name: f"{param.packing.mode} of shape {param.packing.shape}" for name, param in weights.items()})
+    for param in weights.values():
+        for part in param.parts().values():
+            distributed.broadcast(part, src=0)
+
+
+def _confirm(mine: dict[str, str]) -> None:
+    """Raise, on all ranks, unless all of them have quantized the same weights in the same way."""
+    digest = hashlib.sha256(repr(mine).encode()).digest()
+    if len(set(exchange(digest))) == 1:
+        return
+    first, *others = exchange(mine)
+    rank, theirs = next((rank, other) for rank, other in enumerate(others, 1) if other != first)
+    differing = [name for name in {**first, **theirs} if first.get(name) != theirs.get(name)]
+    here, there = (found.get(differing[0], "not quantized") for found in (first, theirs))
+    raise QuantizationError(
+        f"Rank {rank} has quantized other weights than rank 0: {shorten(differing)}. {differing[0]!r} is {here} on "
+        f"rank 0, and {there} on rank {rank}. Build the same model on every rank, with the same "
+        "EfficientInit(quantize=..., skip_modules=...)."
+    )
 
 
 def to_device(module: Module, device: torch.device) -> None:

@@ -6,6 +6,7 @@ hook for parameters on the meta device, so at any time one unit is whole.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache, partial
@@ -14,6 +15,7 @@ from typing import Any, get_args
 import torch
 from lightning.fabric.plugins.precision.utils import _DtypeContextManager
 from lightning.fabric.strategies.fsdp import _setup_activation_checkpointing
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import Module
 
 from lightning_efficient_init.deferred import fill_own, keep_recipes
@@ -79,10 +81,40 @@ def wrap(module: Module, device: torch.device, options: dict[str, Any]) -> Modul
 
     blocks = {id(block) for block in repeated_blocks(module)}
     options = {"param_init_fn": fill, "auto_wrap_policy": partial(_is_block, blocks), **options}
-    wrapped = FullyShardedDataParallel(module, device_id=device, **options)
+    with warnings.catch_warnings():
+        if _is_one_part(options, device):
+            options = _unsharded(options)
+            warnings.filterwarnings("ignore", "The `NO_SHARD`", FutureWarning)  # advice to whom has not asked for it
+        wrapped = FullyShardedDataParallel(module, device_id=device, **options)
     mark_parts(wrapped)
     keep_recipes(wrapped, refs, device, left)
     return wrapped
+
+
+def _is_one_part(options: dict[str, Any], device: torch.device) -> bool:
+    """Whether hybrid sharding is asked for, with groups of one rank each."""
+    if "HYBRID" not in options["sharding_strategy"].name:
+        return False
+    mesh, groups = options.get("device_mesh"), options.get("process_group")
+    if mesh is not None:
+        return mesh.ndim == 2 and mesh.size(1) == 1  # type: ignore[no-any-return]
+    if groups is not None:
+        return isinstance(groups, tuple) and groups[0].size() == 1
+    return torch.get_device_module(device).device_count() == 1  # type: ignore[no-any-return]
+
+
+def _unsharded(options: dict[str, Any]) -> dict[str, Any]:
+    """What repeats parameters without cutting them, among the ranks that would have equal parts.
+
+    FSDP itself takes hybrid sharding in groups of one rank for a single process, and leaves gradients as they are on
+    each: replicas drift apart (torch 2.6 to 2.13, https://github.com/pytorch/pytorch/issues/154888).
+    """
+    from torch.distributed.fsdp import ShardingStrategy  # noqa: PLC0415 (slow to import)
+
+    mesh, groups = options.get("device_mesh"), options.get("process_group")
+    copies = mesh.get_group(0) if mesh is not None else groups and groups[1]
+    given = {name: value for name, value in options.items() if name != "device_mesh"}
+    return {**given, "process_group": copies, "sharding_strategy": ShardingStrategy.NO_SHARD}
 
 
 def is_wrapped(module: Module) -> bool:
@@ -93,6 +125,24 @@ def is_wrapped(module: Module) -> bool:
 def _is_block(blocks: set[int], module: Module, recurse: bool, nonwrapped_numel: int) -> bool:
     """An ``auto_wrap_policy``."""
     return recurse or id(module) in blocks
+
+
+@contextmanager
+def making_mesh(options: dict[str, Any], device_type: Callable[[], str]) -> Iterator[None]:
+    """While processes are started: make the mesh of whose sizes ``options`` have a tuple for devices of this type.
+
+    Lightning's own strategies make it for CUDA, whichever accelerator they run on (2.5 and 2.6).
+    """
+    sizes = options.get("device_mesh")
+    if not isinstance(sizes, tuple):
+        yield
+        return
+    options["device_mesh"] = None
+    try:
+        yield
+        sizes = init_device_mesh(device_type(), sizes)
+    finally:
+        options["device_mesh"] = sizes
 
 
 @contextmanager

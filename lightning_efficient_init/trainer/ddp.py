@@ -12,8 +12,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import distributed
 
 from lightning_efficient_init.deferred import deferred_init
-from lightning_efficient_init.load.replicas import replicate
-from lightning_efficient_init.strategies.ddp import HasReplicas, replicate_module, to_device
+from lightning_efficient_init.load.replicas import replicate, replicating
+from lightning_efficient_init.strategies.ddp import HasReplicas, replicate_module, share_quantized, to_device
 from lightning_efficient_init.trainer.streaming import StreamsCheckpoints
 
 
@@ -35,8 +35,9 @@ class EfficientDDPStrategy(HasReplicas, StreamsCheckpoints, DDPStrategy):
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
         """Construct modules on the device, in the precision, empty if asked for; checkpoints stream into them."""
-        if self._start_method == "popen" or distributed.is_initialized():
-            with super().tensor_init_context(empty_init):
+        group = distributed.group.WORLD if distributed.is_initialized() else None
+        if self._start_method == "popen" or group is not None:
+            with super().tensor_init_context(empty_init), nullcontext() if group is None else replicating(group):
                 yield
             return
         is_forked = self._start_method == "fork"
@@ -54,9 +55,10 @@ class EfficientDDPStrategy(HasReplicas, StreamsCheckpoints, DDPStrategy):
         super().setup(trainer)
 
     def model_to_device(self) -> None:
-        """Move the module; one whose construction was only recorded is built on the device."""
+        """Move the module; one whose construction was only recorded is built on the device, and quantized there."""
         assert self.model is not None
         to_device(self.model, self.root_device)
+        share_quantized(self.model)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Stream the weights through the module's own ``load_state_dict``."""

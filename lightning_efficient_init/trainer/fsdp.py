@@ -9,7 +9,13 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from lightning_efficient_init.strategies.fsdp import KeepsDeclaredDtypes, WrapsModules, gathering, is_wrapped
+from lightning_efficient_init.strategies.fsdp import (
+    KeepsDeclaredDtypes,
+    WrapsModules,
+    gathering,
+    is_wrapped,
+    making_mesh,
+)
 from lightning_efficient_init.strategies.sharded import adapting
 from lightning_efficient_init.trainer.sharded import LoadsParts
 
@@ -34,6 +40,11 @@ class EfficientFSDPStrategy(WrapsModules, LoadsParts, FSDPStrategy):
 
     precision_plugin = adapting(FSDPStrategy.precision_plugin)
     precision_class = _Precision
+
+    def setup_environment(self) -> None:
+        """See Lightning's ``FSDPStrategy``; a mesh may be of CPUs as well."""
+        with making_mesh(self.kwargs, lambda: self.root_device.type):
+            super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """See Lightning's ``FSDPStrategy``."""

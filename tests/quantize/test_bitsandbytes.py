@@ -225,6 +225,50 @@ def test_gradient_checkpointing_gives_the_same_gradients(mode, device):
     assert torch.equal(*gradients)
 
 
+COMPILER_TALK = (  # of torch's compiler, about its own code and about that of bitsandbytes
+    "ignore::DeprecationWarning",
+    "ignore:bf16 and fp16 are mixed in the scheduler node",
+)
+
+
+def _loss_and_gradients(fabric, wrapped, tokens):
+    wrapped.zero_grad()
+    output = wrapped(tokens)
+    fabric.backward(output.float().square().mean())
+    return output.detach(), {name: param.grad for name, param in wrapped.named_parameters() if param.grad is not None}
+
+
+@pytest.mark.filterwarnings(*COMPILER_TALK)
+@pytest.mark.parametrize(
+    ("mode", "precision", "tolerance"),
+    [
+        ("nf4", "32-true", 1e-5),
+        ("int8", "32-true", 1e-5),
+        ("int8", "bf16-true", 2e-2),  # a few of bfloat16's rounding errors, of 4e-3
+        ("int8-training", "32-true", 1e-5),
+    ],
+)
+def test_a_model_compiled_by_inductor_in_one_graph_has_the_same_outputs_and_gradients(
+    mode, precision, tolerance, device
+):
+    """Up to the order in which sums are taken where operations are fused: a relative error of at most ``tolerance``."""
+    torch._dynamo.reset()
+    fabric = quantizing_fabric(mode, precision, device.type)
+    model = built(fabric, Mixed)
+    tokens = torch.arange(12, device=device).view(3, 4)
+    output, gradients = _loss_and_gradients(fabric, fabric.setup(model), tokens)
+    compiled = fabric.setup(torch.compile(model, fullgraph=True))
+    found, found_gradients = _loss_and_gradients(fabric, compiled, tokens)
+    assert _error(found, output) <= tolerance
+    assert {name.replace("_orig_mod.", "") for name in found_gradients} == gradients.keys()
+    for name, gradient in found_gradients.items():
+        assert _error(gradient, gradients[name.replace("_orig_mod.", "")]) <= tolerance, name
+
+
+def _error(found, expected):
+    return (found.float() - expected.float()).norm() / expected.float().norm()
+
+
 @pytest.mark.filterwarnings("ignore:.*autograd.*should not be instantiated:DeprecationWarning")  # torch.compile itself
 @pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "int8", "int8-training"])
 def test_a_compiled_model_gives_the_same_outputs(mode, device):

@@ -205,6 +205,33 @@ def test_a_model_that_was_built_elsewhere_is_quantized_at_setup(mode, device):
         assert_quantized_as_by_bitsandbytes(model.named, weight.to(device), mode)
 
 
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+@pytest.mark.parametrize("where", ["inside init_module", "elsewhere"])
+def test_what_peft_has_added_stays_in_full_and_is_trained(mode, where, device):
+    peft = pytest.importorskip("peft")
+
+    def make():
+        config = peft.LoraConfig(r=4, target_modules=["named", "body.0"], modules_to_save=["body.2"])
+        return peft.get_peft_model(Mixed(), config)
+
+    fabric = quantizing(mode, "32-true", device.type)
+    model = built(fabric, make) if where == "inside init_module" else make()
+    trained = [param for param in model.parameters() if param.requires_grad]
+    wrapped, optimizer = fabric.setup(model, torch.optim.AdamW(trained, 0.01))
+    base = {"named.base_layer", "body.0.base_layer", "body.2.original_module"}
+    assert quantized(model) == {f"base_model.model.{path}" for path in base}
+    assert len(trained) == 5
+    before, losses = [param.clone() for param in trained], []
+    for _ in range(3):
+        loss = wrapped(torch.arange(12, device=fabric.device).view(3, 4)).square().mean()
+        fabric.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert not any(torch.equal(one, other) for one, other in zip(before, trained, strict=True))
+
+
 def test_a_model_that_is_not_moved_at_setup_is_quantized_at_first_use():
     fabric = quantizing("nf4", "32-true")
     model = build_eagerly(Mixed, torch.float32, torch.device("cpu"))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import time
+
 import lightning as L
 import pytest
 import torch
+from lightning_models import ADVICE, quiet_trainer
 from quantized_models import Mixed, built, quantizing_fabric
-from ranks import run_ranks
+from ranks import RanksFailedError, run_ranks
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_efficient_init import EfficientInit, load_checkpoint
 from lightning_efficient_init.deferred import UninitializedParameterWarning
+from lightning_efficient_init.errors import CheckpointNotFoundError, QuantizationError
 
 PACKED = ["int8", "nf4-dq"]
 
@@ -137,3 +142,109 @@ def test_int8_training_keeps_ranks_in_step():
     assert_same(first, second)
     assert "named.weight" in trained
     assert not torch.equal(first["named.weight"], before["named.weight"])
+
+
+class Late(L.LightningModule):
+    """Built outside of ``init_module``: by each rank from its own seed, quantized when the model is set up."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Mixed()
+
+    def validation_step(self, batch, _):
+        pass
+
+    def training_step(self, batch, _):
+        return self.net(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.0)
+
+
+def trainer_of(mode, skip_modules=()):
+    plugin = EfficientInit("32-true", quantize=mode, skip_modules=skip_modules)
+    return quiet_trainer(strategy="efficient_init_ddp", plugins=[plugin], devices=2, max_steps=1)
+
+
+def _build_late(rank, mode, stage):
+    trainer = trainer_of(mode)
+    torch.manual_seed(17 + rank)
+    model = Late()
+    getattr(trainer, stage)(model, DataLoader(torch.arange(8).view(4, 2)))
+    return state_of(model.net)
+
+
+@ADVICE
+@pytest.mark.parametrize(("mode", "stage"), [("int8", "fit"), ("nf4-dq", "fit"), ("nf4-dq", "validate")])
+def test_what_each_rank_of_a_trainer_has_built_for_itself_becomes_that_of_a_single_device(mode, stage):
+    for found in run_ranks(_build_late, 2, mode, stage):
+        assert_same(found, single(mode))
+
+
+def _differ(rank, mode, skip_modules, interface):
+    """What is raised on this rank, and when."""
+    skipped = skip_modules if rank else ()
+    if interface == "fabric":
+        plugin = EfficientInit("32-true", quantize=mode, skip_modules=skipped)
+        fabric = L.Fabric(accelerator="cpu", devices=2, strategy="efficient_init_ddp", plugins=[plugin])
+        fabric.launch()
+        set_up = fabric.setup
+        build = Mixed
+    else:
+        trainer = trainer_of(mode, skipped)
+        build, fabric = Late, trainer
+
+        def set_up(model):
+            trainer.fit(model, DataLoader(torch.arange(8).view(4, 2)))
+
+    with fabric.init_module():
+        model = build()
+    with pytest.raises(QuantizationError) as caught:
+        set_up(model)
+    return str(caught.value)
+
+
+@ADVICE
+@pytest.mark.parametrize(("interface", "mode"), [("fabric", "int8"), ("trainer", "nf4-dq")])
+def test_ranks_that_quantize_different_weights_say_so_on_all_of_them(mode, interface):
+    path = "body.2" if interface == "fabric" else "net.body.2"
+    first, second = run_ranks(_differ, 2, mode, [path], interface, timeout_s=60)
+    assert first == second
+    assert f"'{path}.weight' is {mode} of shape (65, 33) on rank 0, and not quantized on rank 1" in first
+
+
+def _cannot_load(rank, mode, path):
+    """One rank fails before it is set up, where the others have got to by then."""
+    fabric = ddp_fabric(2, mode)
+    with fabric.init_module():
+        model = Mixed()
+    with pytest.raises(CheckpointNotFoundError, match=r"absent\.pth") as caught:
+        load_checkpoint(model, path) if rank else fabric.setup(model)
+    return str(caught.value), time.time()
+
+
+def test_a_rank_that_has_failed_tells_those_that_share_quantized_weights(tmp_path):
+    (first, when), (second, other_when) = run_ranks(_cannot_load, 2, "nf4", tmp_path / "absent.pth", timeout_s=60)
+    assert first == second
+    assert abs(when - other_when) < 20
+
+
+def _quantizes_nothing(rank, mode):
+    """One rank's plugin finds nothing to quantize, and raises where the others do not wait for it yet."""
+    trainer = trainer_of(mode)
+    torch.manual_seed(17)
+    model = Late()
+    if rank:
+        model.net = nn.Embedding(40, 65)
+    trainer.validate(model, DataLoader(torch.arange(8).view(4, 2)), verbose=False)
+
+
+@ADVICE
+def test_a_rank_that_cannot_quantize_takes_the_others_down():
+    started = time.monotonic()
+    with pytest.raises(RanksFailedError) as failed:
+        run_ranks(_quantizes_nothing, 2, "nf4", timeout_s=60)
+    assert time.monotonic() - started < 40
+    first, second = str(failed.value).split("rank 1 ended with exit code")
+    assert "has no layer to quantize" in second
+    assert "at least one of them has ended" in first

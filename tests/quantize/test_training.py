@@ -200,6 +200,21 @@ def test_int8_training_lowers_the_loss(precision, device):
     assert losses[-1] < losses[0] / 2
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "16-true"])
+def test_each_row_counts_in_the_gradient_of_an_int8_weight_as_much_as_its_own_gradient_is(precision, device):
+    fabric = quantizing("int8-training", precision, device.type)
+    with fabric.init_module():
+        layer = nn.Linear(32, 48)
+    dtype = layer.weight.dtype
+    x = torch.randn(64, 32, device=device, dtype=dtype)
+    grad = (
+        torch.randn(64, 48, device=device, dtype=dtype) * torch.logspace(-3, 0, 64, device=device, dtype=dtype)[:, None]
+    )
+    layer(x).backward(grad)
+    expected = grad.double().t() @ x.double()
+    assert torch.linalg.norm(layer.weight.grad.double() - expected) < 0.01 * torch.linalg.norm(expected)
+
+
 OPTIMIZERS = ["Adam8bit", "AdamW8bit", "Lion8bit", "SGD8bit", "RMSprop8bit", "AdEMAMix8bit"]
 PAGED = [pytest.param(name, marks=pytest.mark.gpu) for name in ("PagedAdamW8bit", "PagedAdamW32bit", "PagedLion8bit")]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 
 import lightning as L
 import pytest
@@ -22,6 +24,16 @@ SHARDED = {
     ("fsdp2", "full"): lambda: EfficientFSDP2Strategy(save_distributed_checkpoint=False),
     ("fsdp", "sharded"): lambda: EfficientFSDPStrategy(state_dict_type="sharded"),
     ("fsdp", "full"): EfficientFSDPStrategy,
+}
+
+
+def hybrid(sizes, kind="full"):
+    """What cuts parameters in ``sizes[1]`` parts, and keeps ``sizes[0]`` copies of each."""
+    return EfficientFSDPStrategy(sharding_strategy="HYBRID_SHARD", device_mesh=sizes, state_dict_type=kind)
+
+
+SHARDED |= {
+    (sizes, kind): functools.partial(hybrid, sizes, kind) for sizes in ((2, 1), (2, 2)) for kind in ("full", "sharded")
 }
 
 
@@ -149,6 +161,29 @@ def test_a_checkpoint_loaded_before_there_are_processes_is_read_when_the_model_i
             assert torch.equal(state[name], value.bfloat16()), name
 
 
+def _hybrid(rank, path, sizes, when):
+    trainer = trainer_of(hybrid(sizes), math.prod(sizes))
+    model = seeded(rank, trainer, empty=when == "before")
+    if when == "before":
+        load_checkpoint(model, path)
+    trainer.validate(model, data(), ckpt_path=path if when == "as ckpt_path" else None, verbose=False)
+    return {name: value for name, value in whole(trainer).items() if "metric" not in name}
+
+
+@pytest.mark.parametrize("sizes", [(2, 1), (2, 2)])
+@pytest.mark.parametrize("when", ["not at all", "before", "as ckpt_path"])
+def test_hybrid_sharding_has_the_values_of_one_device_and_of_checkpoints(tmp_path, sizes, when):
+    expected = eager_model(1 if when == "not at all" else 7)
+    single = LitLM()
+    single.net.load_state_dict(expected.state_dict())
+    trainer = trainer_of("auto", 1)
+    trainer.strategy.connect(single)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    values = {name: value for name, value in whole_state(expected).items() if "metric" not in name}
+    for state in run_ranks(_hybrid, math.prod(sizes), tmp_path / "a.ckpt", sizes, when):
+        assert_equal_states(state, values)
+
+
 def _from_checkpoint(rank, path, engine):
     trainer = trainer_of(f"efficient_init_{engine}")
     with trainer.init_module(empty_init=True):
@@ -179,27 +214,31 @@ class SavesFirstEpoch(L.Callback):
             self.saved, self.num_losses = whole(trainer), len(module.losses)
 
 
+def world_size_of(engine):
+    return 2 if isinstance(engine, str) else math.prod(engine)
+
+
 def _fit_save(rank, path, engine, kind):
     callback = SavesFirstEpoch(path)
-    trainer = trainer_of(SHARDED[engine, kind](), max_epochs=2, callbacks=[callback])
+    trainer = trainer_of(SHARDED[engine, kind](), world_size_of(engine), max_epochs=2, callbacks=[callback])
     model = seeded(rank, trainer)
     trainer.fit(model, data())
     return callback.saved, model.losses[callback.num_losses :]
 
 
 def _resume(rank, path, engine, kind):
-    trainer = trainer_of(SHARDED[engine, kind](), max_epochs=2)
+    trainer = trainer_of(SHARDED[engine, kind](), world_size_of(engine), max_epochs=2)
     model = seeded(5 + rank, trainer)
     trainer.fit(model, data(), ckpt_path=path)
     assert trainer.current_epoch == 2
     return model.losses
 
 
-@engines
+@pytest.mark.parametrize("engine", [*RUN_ENGINES, (2, 1), (2, 2)])
 @pytest.mark.parametrize("kind", ["full", "sharded"])
 def test_a_resumed_fit_has_the_next_losses_and_one_device_reads_what_was_saved(tmp_path, engine, kind):
-    went_on = run_ranks(_fit_save, 2, tmp_path / "a.ckpt", engine, kind)
-    resumed = run_ranks(_resume, 2, tmp_path / "a.ckpt", engine, kind)
+    went_on = run_ranks(_fit_save, world_size_of(engine), tmp_path / "a.ckpt", engine, kind)
+    resumed = run_ranks(_resume, world_size_of(engine), tmp_path / "a.ckpt", engine, kind)
     for (_, expected), found in zip(went_on, resumed, strict=True):
         assert found == expected
     single = LitLM()
