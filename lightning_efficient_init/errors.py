@@ -39,7 +39,8 @@ class CheckpointError(EfficientInitError):
 
     Attributes:
         written: Names of the model's tensors that were already written, wholly or in part, when the error came up;
-            empty as long as the model is as it was.
+            empty as long as the model is as it was. Where ranks share what they read, also those that were about to be:
+            no rank knows how far the others were.
     """
 
     written: tuple[str, ...] = ()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.nn import Module
@@ -50,11 +49,8 @@ class EfficientDeepSpeedStrategy(PartitionsModules, RecordsModules, DeepSpeedStr
     precision_plugin = adapting(DeepSpeedStrategy.precision_plugin)
     precision_class = _Precision
     stock = DeepSpeedStrategy
-
-    @contextmanager
-    def model_sharded_context(self) -> Iterator[None]:
-        """Nothing: what is recorded is partitioned at setup."""
-        yield
+    # what is recorded is partitioned at setup; Lightning warns of `init_module` where this is overridden
+    model_sharded_context = Strategy.model_sharded_context
 
     def setup_distributed(self) -> None:
         """Start the processes' communication."""

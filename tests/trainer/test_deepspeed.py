@@ -89,6 +89,19 @@ def test_every_stage_starts_with_the_values_of_one_device(world_size, stage):
         assert_equal_states(state, eager_model().state_dict())
 
 
+def _warnings_of_init_module(rank, world_size):
+    trainer, _ = trainer_of(world_size, rank)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with trainer.init_module():
+            Plain()
+    return [str(warning.message) for warning in caught if "init_module" in str(warning.message)]
+
+
+def test_nobody_is_warned_of_init_module():
+    assert run_ranks(_warnings_of_init_module, 1, 1) == [[]]
+
+
 def _load(rank, world_size, path, stage):
     trainer, watches = trainer_of(world_size, rank, max_epochs=2)
     with trainer.init_module(empty_init=True):
