@@ -17,7 +17,7 @@ from torch.nn import Module, Parameter
 from lightning_efficient_init.deferred.parameter import exchange, undisturbed
 
 if TYPE_CHECKING:
-    from lightning_efficient_init.quantize.bitsandbytes import Packing
+    from lightning_efficient_init.quantize.packing import Packing
 
 
 class Writer(Protocol):

@@ -147,9 +147,9 @@ def _above_quantized(root: Module) -> set[Module]:
 
 
 def _library() -> Any:
-    """The one module that imports bitsandbytes."""
+    """The one way to the modules that import bitsandbytes."""
     try:
-        return importlib.import_module("lightning_efficient_init.quantize.bitsandbytes")
+        return importlib.import_module("lightning_efficient_init.quantize.linear")
     except ModuleNotFoundError as error:
         if error.name != "bitsandbytes":
             raise
