@@ -28,8 +28,8 @@ from lightning_efficient_init.quantize import parts_of
 from lightning_efficient_init.sharding import copies_of, is_engine, part_of, refresh, refresh_engine
 from lightning_efficient_init.sinks import Sink, sinks_for
 
-# Scratch memory on the device, together 144 MiB. Two batches keep a dozen threads busy while one is worked on.
-BATCH_BYTES = 48 << 20
+# Scratch memory on the device, together 192 MiB. Two batches keep a dozen threads busy while one is worked on.
+BATCH_BYTES = 64 << 20
 MAX_BATCHES = 3
 
 
@@ -299,8 +299,8 @@ def _complete(transfer: Transfer, in_flight: deque[_InFlight], replicas: Replica
     """Wait for what was submitted first, share it, and finish its sinks; returns the names of what was written.
 
     On CUDA, waiting makes the current stream follow the copies of the threads, and NCCL follows the current stream,
-    which in turn follows NCCL before a sink or whoever comes next is given the memory. The threads' streams follow the
-    current one only as far as it was when a batch was submitted: what they copy meanwhile goes to other memory.
+    which in turn follows NCCL before a sink or whoever comes next is given the memory. The copies follow the current
+    stream only as far as it was when the latest batch was submitted: what they write meanwhile is other memory.
     """
     with agreed(replicas):
         transfer.wait(in_flight[0].batch)

@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 class Writer(Protocol):
     """Quantizes one weight, part by part."""
 
-    def write(self, values: Tensor, start: int) -> None:
+    def write(self, values: Tensor, start: int, *, is_scratch: bool = False) -> None:
         """Quantize a run of elements.
 
         Args:
             values: One-dimensional, contiguous, in the packing's dtype, on the parameter's device.
             start: Its first element's place in the weight, in row-major order; a multiple of the packing's unit.
+            is_scratch: Whether ``values`` may be overwritten.
         """
 
     def finish(self) -> None:

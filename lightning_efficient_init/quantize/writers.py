@@ -41,7 +41,7 @@ class Writer4bit:
         self._absmax = torch.empty_like(state.absmax, dtype=torch.float32) if state.nested else state.absmax
         self._state.dtype = param.packing.dtype  # it may have taken that of a checkpoint
 
-    def write(self, values: Tensor, start: int) -> None:
+    def write(self, values: Tensor, start: int, *, is_scratch: bool = False) -> None:
         """See `Writer`."""
         size = _CPU_CHUNK if values.device.type == "cpu" else max(1, values.numel())
         for chunk in values.split(size):
@@ -88,14 +88,14 @@ class Writer8bit:
         self._packed = plain(param)
         self._scale = param.SCB
 
-    def write(self, values: Tensor, start: int) -> None:
+    def write(self, values: Tensor, start: int, *, is_scratch: bool = False) -> None:
         """See `Writer`."""
         num_columns = self._packed.shape[1]
         rows = values.view(-1, num_columns)
         first = start // num_columns
         size = max(1, _CPU_CHUNK // num_columns) if values.device.type == "cpu" else max(1, len(rows))
         for chunk in rows.split(size):
-            half, rescale = _to_float16(chunk)
+            half, rescale = _to_float16(chunk, is_scratch=is_scratch)
             packed, scale, _ = int8_vectorwise_quant(half)
             self._packed[first : first + len(chunk)].copy_(packed)
             self._scale[first : first + len(chunk)].copy_(scale if rescale is None else scale.mul_(rescale))
@@ -105,14 +105,18 @@ class Writer8bit:
         """See `Writer`."""
 
 
-def _to_float16(rows: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Rows in float16, those that do not fit scaled by a power of two; and what undoes that, a number for each row."""
+def _to_float16(rows: Tensor, *, is_scratch: bool) -> tuple[Tensor, Tensor | None]:
+    """Rows in float16, those that do not fit scaled by a power of two; and what undoes that, a number for each row.
+
+    They may take the memory of ``rows`` if that is scratch.
+    """
     if rows.dtype == torch.float16:
         return rows, None
     largest = torch.linalg.vector_norm(rows, math.inf, dim=1).float()
     exponents = (largest.view(torch.int32) >> 12) + 1 >> 11  # of what it is rounded to: float16 drops 13 bits
     down, up = _scales(rows.device, rows.dtype)
-    half = torch.empty_like(rows, dtype=torch.float16)
+    is_reused = is_scratch and rows.dtype.itemsize == torch.float16.itemsize
+    half = rows.view(torch.float16) if is_reused else torch.empty_like(rows, dtype=torch.float16)
     torch.mul(rows, down.index_select(0, exponents).unsqueeze(1), out=half)
     return half, up.index_select(0, exponents)
 

@@ -15,7 +15,7 @@ from lightning_efficient_init.checkpoint import Entry
 from lightning_efficient_init.quantize.layers import Writer
 from lightning_efficient_init.sinks.sink import Segment
 
-PART_BYTES = 48 << 20
+PART_BYTES = 64 << 20
 
 
 class QuantizingSink:
@@ -83,7 +83,7 @@ class _Weight:
         """Quantize one part."""
         if self._writer is None:
             self._writer = self._param.writer()
-        self._writer.write(values, start)
+        self._writer.write(values, start, is_scratch=True)
         self._num_waiting -= 1
         if not self._num_waiting:
             self._writer.finish()
