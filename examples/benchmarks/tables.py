@@ -34,11 +34,12 @@ def table(results: Results) -> str:
 def row(line: Line, *, is_on_device: bool) -> list[str]:
     """The cells of one way."""
     seconds = [found.total_s for found in line.rows]
+    spread = f" ({min(seconds):.2f} to {max(seconds):.2f})" * (len(seconds) > 1)
     peaks = ["device_bytes"] * is_on_device + ["host_bytes", "mapped_bytes"]
     return [
         f"{WAYS[line.way].group}: {WAYS[line.way].title}",
         f"`{line.way}`" + (", cold" if line.cache == "cold" else ""),
-        f"{line.total_s:.2f} s ({min(seconds):.2f} to {max(seconds):.2f})",
+        f"{line.total_s:.2f} s{spread}",
         *(f"{max(getattr(found, name) for found in line.rows) / 1e9:.2f} GB" for name in peaks),
     ]
 

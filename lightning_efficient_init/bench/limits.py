@@ -98,9 +98,10 @@ def _memory(num_bytes: int) -> memoryview:
 
 def _into(memory: memoryview, *, is_reused: bool) -> _Worker:
     def work(chunks: Iterator[_Chunk]) -> None:
-        for file, offset, num_bytes, position in chunks:
-            start = 0 if is_reused else position
-            _read(file, memory[start : start + num_bytes], offset)
+        with _Files() as files:
+            for file, offset, num_bytes, position in chunks:
+                start = 0 if is_reused else position
+                files.read(file, memory[start : start + num_bytes], offset)
 
     return work
 
@@ -109,13 +110,14 @@ def _to_device(dest: torch.Tensor, slots: list[torch.Tensor]) -> _Worker:
     def work(chunks: Iterator[_Chunk]) -> None:
         stream = torch.cuda.Stream(dest.device)
         events = [torch.cuda.Event() for _ in slots]
-        with torch.cuda.stream(stream):
+        buffers = [memoryview(slot.numpy().data) for slot in slots]
+        with torch.cuda.stream(stream), _Files() as files:
             for turn, (file, offset, num_bytes, position) in enumerate(chunks):
-                slot, event = slots[turn % len(slots)], events[turn % len(slots)]
-                event.synchronize()
-                _read(file, memoryview(slot.numpy().data)[:num_bytes], offset)
-                dest[position : position + num_bytes].copy_(slot[:num_bytes], non_blocking=True)
-                event.record(stream)
+                number = turn % len(slots)
+                events[number].synchronize()
+                files.read(file, buffers[number][:num_bytes], offset)
+                dest[position : position + num_bytes].copy_(slots[number][:num_bytes], non_blocking=True)
+                events[number].record(stream)
         stream.synchronize()
 
     return work
@@ -125,12 +127,23 @@ def _pinned() -> torch.Tensor:
     return torch.empty(_CHUNK_BYTES, dtype=torch.uint8).pin_memory()
 
 
-def _read(file: str, memory: memoryview, offset: int) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
+class _Files:
+    """One thread's descriptors."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[str, int] = {}
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+    def read(self, file: str, memory: memoryview, offset: int) -> None:
+        if file not in self._descriptors:
+            self._descriptors[file] = os.open(file, os.O_RDONLY)
         while memory:
-            count = os.preadv(descriptor, [memory], offset)
+            count = os.preadv(self._descriptors[file], [memory], offset)
             assert count, "the file is shorter than it was"
             memory, offset = memory[count:], offset + count
-    finally:
-        os.close(descriptor)
