@@ -232,7 +232,7 @@ def _broadcast(shares: Sequence[Sequence[Segment]], group: distributed.ProcessGr
         source = distributed.get_global_rank(group, rank)
         small: list[torch.Tensor] = []
         for segment in share:
-            raw = segment.dest.view(torch.uint8)
+            raw = segment.dest_bytes
             if raw.numel() < _SMALL_BYTES:
                 small.append(raw)
             else:
