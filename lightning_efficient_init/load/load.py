@@ -28,8 +28,8 @@ from lightning_efficient_init.quantize import parts_of
 from lightning_efficient_init.sharding import copies_of, is_engine, part_of, refresh, refresh_engine
 from lightning_efficient_init.sinks import Sink, sinks_for
 
-# Scratch memory on the device, together 192 MiB. Two batches keep a dozen threads busy while one is worked on.
-BATCH_BYTES = 64 << 20
+# Scratch memory on the device, together 144 MiB. Two batches keep a dozen threads busy while one is worked on.
+BATCH_BYTES = 48 << 20
 MAX_BATCHES = 3
 
 

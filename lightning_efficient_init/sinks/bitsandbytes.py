@@ -15,7 +15,7 @@ from lightning_efficient_init.checkpoint import Entry
 from lightning_efficient_init.quantize.layers import Writer
 from lightning_efficient_init.sinks.sink import Segment
 
-PART_BYTES = 64 << 20
+PART_BYTES = 48 << 20
 
 
 class QuantizingSink:
