@@ -88,7 +88,7 @@ class Segment:
     def dest_bytes(self) -> torch.Tensor:
         """The memory as bytes."""
         if self._dest_bytes is None:
-            self._dest_bytes = self.dest if self.dtype is torch.uint8 else self.dest.view(torch.uint8)
+            self._dest_bytes = self.dest if self.memory.dtype is torch.uint8 else self.dest.view(torch.uint8)
         return self._dest_bytes
 
     @property

@@ -262,6 +262,21 @@ def test_tensors_of_every_kind_are_shared(tmp_path, world_size, round_bytes):
             ), name
 
 
+def _load_bytes(rank, world_size, path):
+    fabric = ddp_fabric(world_size)
+    with fabric.init_module(empty_init=True):
+        model = nn.ParameterDict({name: nn.Parameter(torch.zeros(1000)) for name in "abc"})
+    fabric.load_raw(path, model)
+    return model.state_dict()
+
+
+def test_bytes_that_are_cast_on_the_way_are_shared_as_what_they_became(tmp_path):
+    values = {name: torch.randint(0, 256, (1000,), dtype=torch.uint8) for name in "abc"}
+    torch.save(values, tmp_path / "a.pth")
+    for found in run_ranks(_load_bytes, 2, 2, tmp_path / "a.pth"):
+        assert all(torch.equal(found[name], value.float()) for name, value in values.items())
+
+
 def _read_while_sharing(rank, world_size, path):
     """How much this rank has read by the end of a first sharing that takes its time, and how much in all."""
     from lightning_efficient_init.load import load, replicas
