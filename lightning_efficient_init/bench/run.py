@@ -47,7 +47,7 @@ class Options:
         folder: Where the files go; None for the system's folder of temporary files.
         cold: Whether rows also run with files that are not in the page cache; None for files of more than 100 MiB.
         only: A regular expression; of those rows, the ones in whose name or title it is found.
-        stock_rounds: How often Lightning's own ways and those of others run, which take long; None for as often.
+        stock_rounds: How often the ways that are not ours run, which take long; None for as often as ours.
         limit_minutes: After how long it stops, with what it has until then. A row that took longer than what is left
             is not run again.
     """

@@ -17,6 +17,7 @@ import torch
 Path = tuple[Any, ...]
 
 _ATOMS: Final = frozenset({str, int, float, bool, type(None), bytes, complex, torch.dtype, torch.device, torch.Size})
+_BARE: Final = frozenset({dict, list})  # which have no attributes
 _OPAQUE: Final = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
 
 
@@ -66,15 +67,13 @@ class _Mapping:
         result = self._remember(node, type(node)() if plain else _shallow_copy(node))
         for key, value in node.items():
             result[key] = value if type(value) in _ATOMS else self.visit(value, (*path, key))
-        if type(node) is not dict:
-            self._visit_attributes(node, result, path)
+        self._visit_attributes(node, result, path)
         return result
 
     def _visit_list(self, node: list[Any], path: Path) -> Any:
         result = self._remember(node, [] if type(node) is list else _shallow_copy(node))
         result[:] = [self.visit(value, (*path, index)) for index, value in enumerate(node)]
-        if type(node) is not list:
-            self._visit_attributes(node, result, path)
+        self._visit_attributes(node, result, path)
         return result
 
     def _visit_tuple(self, node: tuple[Any, ...], path: Path) -> Any:
@@ -92,7 +91,7 @@ class _Mapping:
         return result
 
     def _visit_attributes(self, node: Any, result: Any, path: Path) -> None:
-        if result is not node:
+        if result is not node and type(node) not in _BARE:
             for name, value in _attributes(node).items():
                 result.__dict__[name] = self.visit(value, (*path, name))
 
