@@ -89,6 +89,35 @@ def eager_model(seed=1, **kwargs):
     return TinyLM(**kwargs)
 
 
+def built(fabric, *, empty=False):
+    """A model of a Fabric strategy, each rank with a seed of its own."""
+    torch.manual_seed(1 + fabric.global_rank)
+    with fabric.init_module(empty_init=empty):
+        return TinyLM()
+
+
+def trainable(model):
+    return [param for param in model.parameters() if param.requires_grad]
+
+
+def setup_for_training(fabric):
+    model = fabric.setup(built(fabric))
+    optimizer = fabric.setup_optimizers(torch.optim.Adam(trainable(model), lr=1e-2))
+    return model, optimizer
+
+
+def train(fabric, model, optimizer, steps):
+    """Losses, averaged over the ranks, of so many steps."""
+    losses = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = loss_of(model, tokens(10 * step + fabric.global_rank))
+        fabric.backward(loss)
+        optimizer.step()
+        losses.append(fabric.all_reduce(loss.detach()).item())
+    return losses
+
+
 def whole_state(model):
     """All values of a sharded or other model, gathered; with buffers that are not saved, under the names it had."""
     with FullyShardedDataParallel.summon_full_params(model, writeback=False) if _is_wrapped(model) else nullcontext():

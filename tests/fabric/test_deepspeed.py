@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 import torch
 from ranks import RanksFailedError, run_ranks
-from sharded_models import TinyLM, assert_equal_states, eager_model, loss_of, tokens, whole_state
+from sharded_models import TinyLM, assert_equal_states, built, eager_model, loss_of, tokens, trainable, whole_state
 from torch import nn
 
 from lightning_efficient_init import EfficientInit, load_checkpoint, uninitialized_parameters
@@ -28,22 +28,12 @@ def fabric_of(world_size, strategy=NAME, precision="32-true", **kwargs):
     return fabric
 
 
-def built(fabric, *, empty=False, **kwargs):
-    torch.manual_seed(1 + fabric.global_rank)
-    with fabric.init_module(empty_init=empty):
-        return TinyLM(**kwargs)
-
-
 def gathered(model):
     """All values of a partitioned model, whole."""
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         return {name: tensor.clone() for name, tensor in whole_state(model).items()}
-
-
-def trainable(model):
-    return [param for param in model.parameters() if param.requires_grad]
 
 
 def _init(rank, world_size, strategy, precision):

@@ -8,7 +8,18 @@ import lightning as L
 import pytest
 import torch
 from ranks import run_ranks
-from sharded_models import Block, TinyLM, assert_equal_states, eager_model, loss_of, tokens, whole_state
+from sharded_models import (
+    Block,
+    TinyLM,
+    assert_equal_states,
+    built,
+    eager_model,
+    setup_for_training,
+    tokens,
+    train,
+    trainable,
+    whole_state,
+)
 from torch import distributed
 
 from lightning_efficient_init import load_checkpoint, uninitialized_parameters
@@ -24,12 +35,6 @@ def fabric_of(sizes, kind="HYBRID_SHARD", **kwargs):
     fabric = L.Fabric(accelerator="cpu", devices=sizes[0] * sizes[1], strategy=strategy, precision="32-true")
     fabric.launch()
     return fabric
-
-
-def built(fabric, *, empty=False):
-    torch.manual_seed(1 + fabric.global_rank)
-    with fabric.init_module(empty_init=empty):
-        return TinyLM()
 
 
 def local_elements(module):
@@ -117,32 +122,17 @@ def test_what_one_axis_of_a_mesh_repeats_is_read_once(tmp_path, sizes, use_orig_
         assert sum(report.bytes_per_rank) == total
 
 
-def trainable(model):
-    return [param for param in model.parameters() if param.requires_grad]
-
-
-def _train(fabric, model, optimizer, steps):
-    losses = []
-    for step in range(steps):
-        optimizer.zero_grad()
-        loss = loss_of(model, tokens(10 * step + fabric.global_rank))
-        fabric.backward(loss)
-        optimizer.step()
-        losses.append(fabric.all_reduce(loss.detach()).item())
-    return losses
-
-
 def _losses(rank, sizes, kind):
     if kind == "ddp":
         fabric = L.Fabric(accelerator="cpu", devices=sizes[0] * sizes[1], strategy="ddp")
         fabric.launch()
         torch.manual_seed(1)
         model = fabric.setup(TinyLM())
+        optimizer = fabric.setup_optimizers(torch.optim.Adam(trainable(model), lr=1e-2))
     else:
         fabric = fabric_of(sizes, kind)
-        model = fabric.setup(built(fabric))
-    optimizer = fabric.setup_optimizers(torch.optim.Adam(trainable(model), lr=1e-2))
-    return _train(fabric, model, optimizer, 3)
+        model, optimizer = setup_for_training(fabric)
+    return train(fabric, model, optimizer, 3)
 
 
 @pytest.mark.parametrize(
@@ -157,19 +147,17 @@ def test_training_losses_are_those_of_ddp(sizes, kind):
 
 def _save_and_resume(rank, path, sizes, kind):
     fabric = fabric_of(sizes, state_dict_type=kind)
-    model = fabric.setup(built(fabric))
-    optimizer = fabric.setup_optimizers(torch.optim.Adam(trainable(model), lr=1e-2))
-    _train(fabric, model, optimizer, 2)
+    model, optimizer = setup_for_training(fabric)
+    train(fabric, model, optimizer, 2)
     fabric.save(path, {"model": model, "optimizer": optimizer, "step": 2})
     saved = whole_state(model._forward_module)
-    expected = _train(fabric, model, optimizer, 2)
+    expected = train(fabric, model, optimizer, 2)
     torch.manual_seed(100)
-    model = fabric.setup(built(fabric))
-    optimizer = fabric.setup_optimizers(torch.optim.Adam(trainable(model), lr=1e-2))
+    model, optimizer = setup_for_training(fabric)
     state = {"model": model, "optimizer": optimizer, "step": 0}
     assert fabric.load(path, state) == {}
     assert state["step"] == 2
-    assert _train(fabric, model, optimizer, 2) == expected
+    assert train(fabric, model, optimizer, 2) == expected
     return saved
 
 
@@ -197,7 +185,7 @@ def _repeats_only(rank, groups_are_given):
     model = fabric.setup(built(fabric))
     before = whole_state(model._forward_module)
     optimizer = fabric.setup_optimizers(torch.optim.Adam(trainable(model), lr=1e-2))
-    return before, _train(fabric, model, optimizer, 2), whole_state(model._forward_module)
+    return before, train(fabric, model, optimizer, 2), whole_state(model._forward_module)
 
 
 @pytest.mark.parametrize("groups_are_given", [True, False])

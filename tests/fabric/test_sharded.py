@@ -10,7 +10,19 @@ import lightning as L
 import pytest
 import torch
 from ranks import run_ranks
-from sharded_models import RUN_ENGINES, TinyLM, assert_equal_states, eager_model, loss_of, tokens, whole_state
+from sharded_models import (
+    RUN_ENGINES,
+    TinyLM,
+    assert_equal_states,
+    built,
+    eager_model,
+    loss_of,
+    setup_for_training,
+    tokens,
+    train,
+    trainable,
+    whole_state,
+)
 
 from lightning_efficient_init import EfficientInit, load_checkpoint, uninitialized_parameters
 from lightning_efficient_init.deferred import UninitializedParameterWarning
@@ -30,12 +42,6 @@ def fabric_of(world_size, strategy, **kwargs):
     fabric = L.Fabric(accelerator="cpu", devices=world_size, strategy=strategy, **kwargs)
     fabric.launch()
     return fabric
-
-
-def built(fabric, *, empty=False):
-    torch.manual_seed(1 + fabric.global_rank)
-    with fabric.init_module(empty_init=empty):
-        return TinyLM()
 
 
 def _init(rank, world_size, engine):
@@ -80,27 +86,6 @@ def test_loading_before_and_after_setup_gives_the_checkpoint(tmp_path, when, emp
         assert_equal_states(state, whole_state(expected))
 
 
-def _train(fabric, model, optimizer, steps):
-    losses = []
-    for step in range(steps):
-        optimizer.zero_grad()
-        loss = loss_of(model, tokens(10 * step + fabric.global_rank))
-        fabric.backward(loss)
-        optimizer.step()
-        losses.append(fabric.all_reduce(loss.detach()).item())
-    return losses
-
-
-def trainable(model):
-    return [param for param in model.parameters() if param.requires_grad]
-
-
-def setup_for_training(fabric):
-    model = fabric.setup(built(fabric))
-    optimizer = fabric.setup_optimizers(torch.optim.Adam(trainable(model), lr=1e-2))
-    return model, optimizer
-
-
 def _losses(rank, world_size, name):
     fabric = fabric_of(world_size, name)
     torch.manual_seed(1)
@@ -109,7 +94,7 @@ def _losses(rank, world_size, name):
         optimizer = fabric.setup_optimizers(torch.optim.Adam(trainable(model), lr=1e-2))
     else:
         model, optimizer = setup_for_training(fabric)
-    return _train(fabric, model, optimizer, 3)
+    return train(fabric, model, optimizer, 3)
 
 
 @running_engines
@@ -128,14 +113,14 @@ def saving(engine, kind):
 def _save_and_resume(rank, world_size, path, engine, kind):
     fabric = fabric_of(world_size, saving(engine, kind))
     model, optimizer = setup_for_training(fabric)
-    _train(fabric, model, optimizer, 2)
+    train(fabric, model, optimizer, 2)
     fabric.save(path, {"model": model, "optimizer": optimizer, "step": 2})
-    expected = _train(fabric, model, optimizer, 2)
+    expected = train(fabric, model, optimizer, 2)
     model, optimizer = setup_for_training(fabric)
     state = {"model": model, "optimizer": optimizer, "step": 0}
     assert fabric.load(path, state) == {}
     assert state["step"] == 2
-    assert _train(fabric, model, optimizer, 2) == expected
+    assert train(fabric, model, optimizer, 2) == expected
 
 
 @running_engines
