@@ -30,7 +30,7 @@ from lightning_efficient_init.checkpoint import Entry
 from lightning_efficient_init.deferred import has_recipe
 from lightning_efficient_init.errors import UsageError
 from lightning_efficient_init.load.keys import KeyMap
-from lightning_efficient_init.load.load import BATCH_BYTES, MAX_BATCHES
+from lightning_efficient_init.load.load import BATCH_BYTES, max_batches
 from lightning_efficient_init.load.pipeline import SLOTS_PER_THREAD, Settings, divide
 from lightning_efficient_init.load.plan import LoadPlan, plan_load, unwrap
 from lightning_efficient_init.quantize.choose import choose
@@ -407,7 +407,8 @@ def _scratch(sizes: _Sizes, plan: LoadPlan | None, asked: Question) -> int:
     needs = [sink_for(name, _in_place(tensors[name]), entry).scratch_bytes for name, entry in plan.entries.items()]
     total = sum(needs) + sum(sizes.quantized_from)
     largest = max([*needs, *(min(PART_BYTES, num_bytes) for num_bytes in sizes.quantized_from), 0])
-    batches = min(total, MAX_BATCHES * max(min(BATCH_BYTES, asked.settings.host_buffer_bytes), largest))
+    batch_bytes = max(min(BATCH_BYTES, asked.settings.host_buffer_bytes), largest)
+    batches = min(total, max_batches(asked.device_type) * batch_bytes)
     casting = 0
     if asked.device_type == "cuda" and _is_cast(plan, asked):
         threads, slot_bytes = divide(asked.settings)

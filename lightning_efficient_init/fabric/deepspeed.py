@@ -63,7 +63,7 @@ class EfficientDeepSpeedStrategy(PartitionsModules, RecordsModules, DeepSpeedStr
     ) -> tuple[Any, ...]:
         """Partition the module, and let DeepSpeed take over the one optimizer; newer Lightning hands on a scheduler."""
         self.make_partitions(module)
-        with initializing()():
+        with initializing():
             found = DeepSpeedStrategy.setup_module_and_optimizers(self, module, optimizers, *scheduler)
         watch(module)
         return found
@@ -71,7 +71,7 @@ class EfficientDeepSpeedStrategy(PartitionsModules, RecordsModules, DeepSpeedStr
     def setup_module(self, module: Module) -> Module:  # type: ignore[override]
         """Partition the module for inference."""
         self.make_partitions(module)
-        with initializing()():
+        with initializing():
             engine = DeepSpeedStrategy.setup_module(self, module)
         watch(module)
         return engine  # type: ignore[no-any-return]

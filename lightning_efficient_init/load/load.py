@@ -28,9 +28,7 @@ from lightning_efficient_init.quantize import parts_of
 from lightning_efficient_init.sharding import copies_of, is_engine, part_of, refresh, refresh_engine
 from lightning_efficient_init.sinks import Sink, sinks_for
 
-# Scratch memory on the device, together 144 MiB. Two batches keep a dozen threads busy while one is worked on.
-BATCH_BYTES = 48 << 20
-MAX_BATCHES = 3
+BATCH_BYTES = 48 << 20  # of scratch memory
 
 
 @collections_paused()  # around the whole call: what it made along the way is gone before the collector looks
@@ -259,7 +257,7 @@ def _stream_to(
             for batch, is_direct in _batches(sinks, min(settings.host_buffer_bytes, BATCH_BYTES)):
                 for round, filled in _rounds(batch, is_direct, replicas):
                     in_flight.append(_InFlight(filled, round, is_direct, transfer.submit(round.reads)))
-                    if len(in_flight) == MAX_BATCHES:
+                    if len(in_flight) == max_batches(device.type):
                         written += _complete(transfer, in_flight, replicas)
             while in_flight:
                 written += _complete(transfer, in_flight, replicas)
@@ -283,6 +281,11 @@ class _InFlight:
     def names_touched(self, replicas: Replicas | None) -> list[str]:
         """What may have been written, on any rank: all of a node say the same, and none knows how far others are."""
         return self.batch.names_touched() if replicas is None else self.round.names()
+
+
+def max_batches(device_type: str) -> int:
+    """How many are in flight: on a GPU three keep a dozen threads busy while one is worked on, elsewhere one does."""
+    return 4 if device_type == "cuda" else 2
 
 
 def _rounds(

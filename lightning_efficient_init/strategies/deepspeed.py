@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache, partial
 from typing import Any
 
@@ -128,17 +128,35 @@ def use_cpu() -> None:
     set_accelerator(_CPU())
 
 
+@contextmanager
+def initializing() -> Iterator[None]:
+    """While Lightning calls ``deepspeed.initialize``."""
+    with ExitStack() as stack:
+        for patch in _patches():
+            stack.enter_context(patch())
+        yield
+
+
 @cache
-def initializing() -> ScopedPatch:
-    """While Lightning calls ``deepspeed.initialize``: what it takes for the index of a GPU may be None on the CPU."""
+def _patches() -> tuple[ScopedPatch, ...]:
     import deepspeed  # noqa: PLC0415 (an optional dependency, slow to import)
 
-    return ScopedPatch(deepspeed, "initialize", _initialize)
+    return (
+        ScopedPatch(deepspeed, "initialize", _initialize),
+        ScopedPatch(deepspeed.DeepSpeedEngine, "register_compile_pass", _register_compile_pass),
+    )
 
 
 def _initialize(original: Callable[..., Any], *, args: Any, **kwargs: Any) -> Any:
+    """What it takes for the index of a GPU may be None on the CPU."""
     args.device_rank = args.device_rank or 0
     return original(args=args, **kwargs)
+
+
+def _register_compile_pass(original: Callable[..., None], engine: Any, *args: Any) -> None:
+    """To register a pass imports torch's compiler, one to three seconds; only what DeepCompile builds looks for it."""
+    if engine.is_deepcompile_enabled():
+        original(engine, *args)
 
 
 def _check_stage(config: dict[str, Any]) -> None:

@@ -63,7 +63,7 @@ class EfficientDeepSpeedStrategy(PartitionsModules, RecordsModules, DeepSpeedStr
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Partition the module, and let DeepSpeed take over."""
-        with initializing()():
+        with initializing():
             super().setup(trainer)
         assert self.lightning_module is not None
         watch(self.lightning_module)

@@ -299,7 +299,7 @@ def _read_while_sharing(rank, world_size, path):
     before = _rchar()
 
     def share_slowly(self, done):
-        ahead = load.MAX_BATCHES * (1 << 18) // world_size
+        ahead = load.max_batches("cpu") * (1 << 18) // world_size
         deadline = time.monotonic() + 20
         while not in_first and _rchar() - before < ahead and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -308,7 +308,7 @@ def _read_while_sharing(rank, world_size, path):
 
     replicas.Replicas.share = share_slowly
     report = load_checkpoint(model, path)
-    return in_first, load.MAX_BATCHES * (1 << 18) // world_size, report.bytes_per_rank, model.state_dict()
+    return in_first, load.max_batches("cpu") * (1 << 18) // world_size, report.bytes_per_rank, model.state_dict()
 
 
 def test_threads_read_on_while_what_was_read_is_shared(tmp_path):
@@ -375,7 +375,7 @@ def _hold_scratch(rank, world_size, path, accelerator):
         model = _linears()
     load_checkpoint(model, path)
     state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    return max(peaks), load.MAX_BATCHES * load.BATCH_BYTES, state
+    return max(peaks), load.max_batches(accelerator) * load.BATCH_BYTES, state
 
 
 def test_scratch_memory_is_bounded_while_ranks_share(tmp_path, accelerator):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 
 import lightning as L
@@ -249,3 +250,22 @@ def test_an_optimizer_state_that_deepspeed_cannot_take_over_is_refused(tmp_path)
 def test_other_stages_are_refused():
     with pytest.raises(ValueError, match="stage 3 of ZeRO; found stage 2"):
         EfficientDeepSpeedStrategy(stage=2)
+
+
+def _compilers(rank, world_size, accelerator, compiles):
+    """Whether DeepSpeed's compiler was imported when a model was set up, and when a pass was registered later."""
+    config = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
+    strategy = EfficientDeepSpeedStrategy(config={**config, "compile": {"deepcompile": compiles}})
+    fabric = L.Fabric(accelerator=accelerator, devices=world_size, strategy=strategy, plugins=[EfficientInit()])
+    fabric.launch()
+    warnings.filterwarnings("ignore")  # DeepSpeed's own
+    engine = fabric.setup(built(fabric))._forward_module
+    at_setup = "deepspeed.compile.backend" in sys.modules
+    engine.register_compile_pass("mine", print)
+    return at_setup, sys.modules["deepspeed.compile.backend"].opt_passes["mine"] is print
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_the_compiler_is_imported_by_a_setup_that_asks_for_it(compiles, device):
+    needs_it = compiles and device.type == "cuda"  # DeepCompile is for GPUs
+    assert run_ranks(_compilers, 1, 1, device.type, compiles) == [(needs_it, True)]

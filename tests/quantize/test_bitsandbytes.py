@@ -228,6 +228,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(mode, device):
 COMPILER_TALK = (  # of torch's compiler, about its own code and about that of bitsandbytes
     "ignore::DeprecationWarning",
     "ignore:bf16 and fp16 are mixed in the scheduler node",
+    "ignore:TensorFloat32 tensor cores",
 )
 
 

@@ -84,4 +84,4 @@ def test_a_file_that_ends_early_leaves_weights_as_they_were_or_says_which_were_w
 
 def test_scratch_in_flight_is_bounded_however_large_a_weight_is():
     assert sinks.PART_BYTES <= load.BATCH_BYTES
-    assert load.BATCH_BYTES * load.MAX_BATCHES <= 144 << 20
+    assert load.BATCH_BYTES * load.max_batches("cuda") <= 192 << 20
