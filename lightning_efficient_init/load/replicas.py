@@ -177,11 +177,11 @@ def divide(segments: Sequence[Segment], count: int) -> list[list[Segment]]:
         share, start = bisect_right(cuts, (segment.file, segment.offset)), 0
         for file, position in cuts[share:]:
             end = (position - segment.offset) // segment.dtype.itemsize
-            if file != segment.file or end >= segment.dest.numel():
+            if file != segment.file or end >= segment.numel:
                 break
             _append(shares[share], segment, start, end)
             share, start = share + 1, end
-        _append(shares[share], segment, start, segment.dest.numel())
+        _append(shares[share], segment, start, segment.numel)
     return shares
 
 
@@ -191,7 +191,7 @@ def num_segment_bytes(segments: Sequence[Segment]) -> int:
 
 
 def _append(share: list[Segment], segment: Segment, start: int, end: int) -> None:
-    if (start, end) == (0, segment.memory.numel()):
+    if (start, end) == (0, segment.numel):
         share.append(segment)
     elif end > start:
         itemsize = segment.dtype.itemsize

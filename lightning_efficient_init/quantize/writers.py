@@ -43,14 +43,13 @@ class Writer4bit:
 
     def write(self, values: Tensor, start: int, *, is_scratch: bool = False) -> None:
         """See `Writer`."""
-        size = _CPU_CHUNK if values.device.type == "cpu" else max(1, values.numel())
-        for chunk in values.split(size):
+        for chunk in values.split(_CPU_CHUNK) if values.device.type == "cpu" else (values,):
             with _on_default_stream(chunk.device):
                 packed, absmax = torch.ops.bitsandbytes.quantize_4bit.default(
                     chunk, BLOCK_SIZE, self._state.quant_type, torch.uint8
                 )
-            self._packed[start // 2 :][: packed.numel()].copy_(packed.view(-1))
-            self._absmax[start // BLOCK_SIZE :][: absmax.numel()].copy_(absmax)
+            self._packed[start // 2 : start // 2 + packed.numel()].copy_(packed.view(-1))
+            self._absmax[start // BLOCK_SIZE : start // BLOCK_SIZE + absmax.numel()].copy_(absmax)
             start += chunk.numel()
 
     def finish(self) -> None:
@@ -93,8 +92,7 @@ class Writer8bit:
         num_columns = self._packed.shape[1]
         rows = values.view(-1, num_columns)
         first = start // num_columns
-        size = max(1, _CPU_CHUNK // num_columns) if values.device.type == "cpu" else max(1, len(rows))
-        for chunk in rows.split(size):
+        for chunk in rows.split(max(1, _CPU_CHUNK // num_columns)) if values.device.type == "cpu" else (rows,):
             half, rescale = _to_float16(chunk, is_scratch=is_scratch)
             packed, scale, _ = int8_vectorwise_quant(half)
             self._packed[first : first + len(chunk)].copy_(packed)

@@ -34,7 +34,7 @@ class Segment:
         file: Path of the file.
         offset: Position of the first element in the file, in bytes.
         dtype: Element type in the file.
-        memory: The tensor as it was given, in its own shape.
+        memory: The tensor as it was given, in its own shape; of a part, what it is a part of.
         num_bytes: Bytes that the elements take in the file, without what is between runs.
         name: The model's name for the tensor.
         row_bytes: Bytes of each run, where there are several; else 0.
@@ -44,6 +44,7 @@ class Segment:
     __slots__ = (
         "_dest",
         "_dest_bytes",
+        "_first",
         "dtype",
         "file",
         "memory",
@@ -74,6 +75,7 @@ class Segment:
         self.name = name
         self.row_bytes = row_bytes
         self.pitch_bytes = pitch_bytes
+        self._first = 0  # element of the memory
         self._dest: torch.Tensor | None = None
         self._dest_bytes: torch.Tensor | None = None
 
@@ -81,7 +83,9 @@ class Segment:
     def dest(self) -> torch.Tensor:
         """The memory in one dimension, detached."""
         if self._dest is None:
-            self._dest = self.memory.detach().view(-1)
+            whole = self.memory.detach().view(-1)
+            numel = self.numel
+            self._dest = whole if numel == whole.numel() else whole[self._first : self._first + numel]
         return self._dest
 
     @property
@@ -90,6 +94,16 @@ class Segment:
         if self._dest_bytes is None:
             self._dest_bytes = self.dest if self.memory.dtype is torch.uint8 else self.dest.view(torch.uint8)
         return self._dest_bytes
+
+    @property
+    def address(self) -> int:
+        """Of the memory's first byte."""
+        return self.memory.data_ptr() + self._first * self.memory.itemsize
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.num_bytes // self.dtype.itemsize
 
     @property
     def device(self) -> torch.device:
@@ -116,12 +130,10 @@ class Segment:
             start: Where it starts in the memory, in bytes as the file has them.
             num_bytes: Its size in the file.
         """
-        dtype, dest = self.dtype, self.dest
-        if self.is_raw:
-            dtype, dest = torch.uint8, self.dest_bytes
-        first, stop = start // dtype.itemsize, (start + num_bytes) // dtype.itemsize
-        part = Segment(self.file, offset, dtype, dest[first:stop], self.name)
-        part._dest = part.memory  # in one dimension and detached already
+        dtype, whole = (torch.uint8, self.dest_bytes) if self.is_raw else (self.dtype, self.dest)
+        part = Segment(self.file, offset, dtype, whole, self.name)
+        part.num_bytes = num_bytes
+        part._first = start // dtype.itemsize
         return part
 
 

@@ -52,7 +52,7 @@ def test_reads_cover_every_segment_once_and_do_not_overlap(segments, max_read_by
         position = segment.offset
         for part in covered[segment.name]:
             assert part.offset == position
-            assert part.memory.data_ptr() == segment.memory.data_ptr() + part.offset - segment.offset
+            assert part.address == part.dest.data_ptr() == segment.address + part.offset - segment.offset
             assert part.dest.nbytes == part.num_bytes
             position += part.num_bytes
         assert position == segment.offset + segment.num_bytes

@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_efficient_init import load_checkpoint
 from lightning_efficient_init.errors import StateDictMismatchError, UnsupportedCheckpointError
+from lightning_efficient_init.load import pipeline
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -319,3 +320,17 @@ def test_values_do_not_depend_on_how_the_archive_was_laid_out(tmp_path, make_net
     half = make_net(2).half()
     load_checkpoint(half, tmp_path / "again.pt")
     assert bits(half) == bits(make_net(1).half())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_direct", [True, False])
+def test_large_values_are_the_same_by_the_drivers_copy_and_by_torchs(is_direct, tmp_path, monkeypatch):
+    assert (pipeline._driver_copy() is None) == (torch.version.hip is not None)
+    if not is_direct:
+        monkeypatch.setattr(pipeline, "_driver_copy", lambda: None)
+    layers = [nn.Linear(3001, 1999), nn.Linear(3001, 1999, dtype=torch.bfloat16)]  # of several reads, cut anywhere
+    expected = {f"{i}.{name}": value for i, layer in enumerate(layers) for name, value in layer.state_dict().items()}
+    torch.save(expected, tmp_path / "a.pth")
+    model = nn.ModuleList(nn.Linear(3001, 1999, dtype=layer.weight.dtype, device="cuda") for layer in layers)
+    load_checkpoint(model, tmp_path / "a.pth", host_buffer_bytes=8 << 20)
+    assert all(torch.equal(value.cpu(), expected[name]) for name, value in model.state_dict().items())
