@@ -14,6 +14,7 @@ from lightning.fabric.strategies import DeepSpeedStrategy
 from lightning_efficient_init import EfficientInit
 from lightning_efficient_init.memory import PeakMemory
 from lightning_efficient_init.model_names import constructor_of
+from lightning_efficient_init.quantize import QuantizedLayer
 
 _M_MMAP_THRESHOLD = -3
 
@@ -27,7 +28,8 @@ def load(model, path, precision, accelerator, optimizer=None, quantize=None):
     """Build, load, and step once if there is an optimizer; peaks of the host, of the device, and bytes read."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    fabric = L.Fabric(accelerator=accelerator, devices=1, strategy="efficient_init", plugins=[EfficientInit(precision)])
+    plugin = EfficientInit(precision, quantize=quantize)
+    fabric = L.Fabric(accelerator=accelerator, devices=1, strategy="efficient_init", plugins=[plugin])
     construct = constructor_of(model)
     _warm_up(fabric.device, optimizer)
     before = bytes_read()
@@ -36,6 +38,7 @@ def load(model, path, precision, accelerator, optimizer=None, quantize=None):
             module = construct()
         fabric.load_raw(path, module)
         read = bytes_read() - before
+        assert any(isinstance(layer, QuantizedLayer) for layer in module.modules()) == (quantize is not None)
         if optimizer is not None:
             step = optimizer(list(module.parameters()))
             for parameter in module.parameters():

@@ -24,9 +24,9 @@ from lightning_efficient_init.load.plan import LoadPlan, plan_load
 from lightning_efficient_init.load.postponed import must_wait, postpone
 from lightning_efficient_init.load.replicas import Replicas, Round, agreed, replicas_of
 from lightning_efficient_init.load.report import LoadReport, Meter
-from lightning_efficient_init.quantize import parts_of
+from lightning_efficient_init.quantize import QuantizedParameter, parts_of
 from lightning_efficient_init.sharding import copies_of, is_engine, part_of, refresh, refresh_engine
-from lightning_efficient_init.sinks import Sink, sinks_for
+from lightning_efficient_init.sinks import Sink, sinks_again, sinks_for
 
 BATCH_BYTES = 48 << 20  # of scratch memory
 
@@ -141,12 +141,12 @@ def _write(
             map_entries(all_writes)
         else:
             sharing = replicas and replicas.confirm([_work(writes.waves), settings])
-            for wave in writes.waves:
-                sharded = [write for write in wave if write.is_sharded]
-                copies = sharing and _copies([write.tensor for write in sharded], sharing)
-                with agreed(copies):
-                    stream(_sinks(sharded), settings, meter, copies)
-                stream(_sinks(write for write in wave if not write.is_sharded), settings, meter, sharing)
+            for number, wave in enumerate(writes.waves):
+                try:
+                    _stream_wave(wave, settings, meter, sharing)
+                except CheckpointError as error:
+                    error.add_written([write.name for before in writes.waves[:number] for write in before])
+                    raise
         _note_writes([write.tensor for write in all_writes])
         refresh(write.tensor for write in all_writes if write.part is not None)
     with torch.inference_mode():  # which may write to inference tensors as well as to others
@@ -160,6 +160,22 @@ def _write(
         raise
     forget(tensors[name] for name in (*binding.entries, *binding.values))
     return tuple(names)
+
+
+def _stream_wave(wave: Sequence[Write], settings: Settings, meter: Meter, sharing: Replicas | None) -> None:
+    """Fill tensors that have no memory in common."""
+    sharded = [write for write in wave if write.is_sharded]
+    copies = sharing and _copies([write.tensor for write in sharded], sharing)
+    with agreed(copies):
+        stream(_sinks(sharded), settings, meter, copies)
+    whole = [write for write in wave if not write.is_sharded]
+    try:
+        stream(_sinks(whole), settings, meter, sharing)
+        quantized = [(w.name, w.tensor, w.entry) for w in whole if isinstance(w.tensor, QuantizedParameter)]
+        stream([sink for found in quantized for sink in sinks_again(*found)], settings, meter, sharing)
+    except CheckpointError as error:
+        error.add_written([write.name for write in sharded])
+        raise
 
 
 def _copies(tensors: Sequence[torch.Tensor], replicas: Replicas) -> Replicas | None:

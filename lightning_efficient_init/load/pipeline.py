@@ -358,20 +358,21 @@ class _StagedLane(_Lane):
         slot, start = self._slots[self._turn], 0 if read.row_bytes else read.offset % PAGE_BYTES
         self._wait_for_slot()
         self._fill([slot.memory(start, read.num_bytes)], read)
+        self._copy(slot, start, read)
+        self._release_slot()
+        self.bytes_read += read.num_bytes
+
+    def _copy(self, slot: _Slot, start: int, read: Read) -> None:
+        """Copy what was read, which is at ``start`` in a slot, to where it belongs."""
         if len(read.segments) < _MANY_SEGMENTS:
             for segment in read.segments:
-                self._copy(slot, start + segment.offset - read.offset, segment)
+                raw = slot.view(start + segment.offset - read.offset, segment.num_bytes)
+                _copy(raw, segment, non_blocking=True)
         else:
             lead = start % _ALIGNMENT
             num_bytes = -(-(lead + read.num_bytes) // _ALIGNMENT) * _ALIGNMENT
             raw = slot.view(start - lead, num_bytes).to(self._device, non_blocking=True)
             _distribute(raw, read.offset - lead, read.segments)
-        self._release_slot()
-        self.bytes_read += read.num_bytes
-
-    def _copy(self, slot: _Slot, start: int, segment: Segment) -> None:
-        """Copy a segment's bytes, which are at ``start`` in a slot, to where they belong."""
-        _copy(slot.view(start, segment.num_bytes), segment, non_blocking=True)
 
     def _wait_for_slot(self) -> None:
         """Nothing to wait for where copies are synchronous."""
@@ -404,10 +405,16 @@ class _CudaLane(_StagedLane):
         if self._is_pinned:
             torch.cuda.cudart().cudaHostUnregister(self._whole.data_ptr())
 
-    def _copy(self, slot: _Slot, start: int, segment: Segment) -> None:
-        copy = _driver_copy() if self._is_pinned and segment.is_raw else None
-        if copy is None or copy(segment.address, slot.address + start, segment.num_bytes, self._stream.cuda_stream):
-            super()._copy(slot, start, segment)  # which says what is wrong
+    def _copy(self, slot: _Slot, start: int, read: Read) -> None:
+        copy = _driver_copy() if self._is_pinned and all(segment.is_raw for segment in read.segments) else None
+        if copy is None:
+            super()._copy(slot, start, read)
+            return
+        base, stream = slot.address + start - read.offset, self._stream.cuda_stream
+        for segment in read.segments:
+            if copy(segment.address, base + segment.offset, segment.num_bytes, stream):
+                super()._copy(slot, start, read)  # torch says what is wrong
+                return
 
     def _wait_for_slot(self) -> None:
         self._events[self._turn].synchronize()
@@ -421,7 +428,7 @@ def _driver_copy() -> Callable[[int, int, int, int], int] | None:
     """CUDA's own copy from pinned memory: destination, source, bytes, stream; gives 0. None where there is none.
 
     It takes a few microseconds and keeps the GIL. A copy by torch gives it away, and gets it back when a dozen threads
-    have had their turn: that is a tenth of the time of a load that quantizes.
+    have had their turn: that is a tenth of the time of a load that quantizes, and more where tensors are small.
     """
     try:
         copy = ctypes.PyDLL("libcuda.so.1").cuMemcpyHtoDAsync_v2

@@ -23,13 +23,15 @@ if TYPE_CHECKING:
 class Writer(Protocol):
     """Quantizes one weight, part by part."""
 
-    def write(self, values: Tensor, start: int, *, is_scratch: bool = False) -> None:
+    def write(self, values: Tensor, start: int, *, is_scratch: bool = False, is_scaled: bool = True) -> None:
         """Quantize a run of elements.
 
         Args:
             values: One-dimensional, contiguous, in the packing's dtype, on the parameter's device.
             start: Its first element's place in the weight, in row-major order; a multiple of the packing's unit.
             is_scratch: Whether ``values`` may be overwritten.
+            is_scaled: Whether values that do not fit the dtype that bitsandbytes quantizes from are scaled. It takes
+                time, and hardly any weight has some; if not, the packing's ``has_overflowed`` tells.
         """
 
     def finish(self) -> None:

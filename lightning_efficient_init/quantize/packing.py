@@ -55,6 +55,10 @@ class Packing(ABC):
     def marked(self, param: Tensor) -> Tensor:
         """The outermost statistics, which are never negative in a weight that was quantized."""
 
+    def has_overflowed(self, param: Tensor) -> bool:
+        """Whether values did not fit what bitsandbytes quantizes from, so that statistics are infinite."""
+        return False
+
     def write(self, param: Tensor, values: Tensor) -> None:
         """Quantize ``values``, of the source's shape and any dtype, into ``param``."""
         self.write_oriented(param, values.t() if self.is_transposed else values)
@@ -145,3 +149,7 @@ class Packing8bit(Packing):
         """See `Packing`."""
         found: Tensor = param.SCB  # type: ignore[attr-defined]
         return found
+
+    def has_overflowed(self, param: Tensor) -> bool:
+        """See `Packing`. On the CPU: there are few statistics, and a device would load kernels to look at them."""
+        return not bool(self.marked(param).cpu().isfinite().all())

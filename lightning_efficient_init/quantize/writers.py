@@ -41,7 +41,7 @@ class Writer4bit:
         self._absmax = torch.empty_like(state.absmax, dtype=torch.float32) if state.nested else state.absmax
         self._state.dtype = param.packing.dtype  # it may have taken that of a checkpoint
 
-    def write(self, values: Tensor, start: int, *, is_scratch: bool = False) -> None:
+    def write(self, values: Tensor, start: int, *, is_scratch: bool = False, is_scaled: bool = True) -> None:
         """See `Writer`."""
         for chunk in values.split(_CPU_CHUNK) if values.device.type == "cpu" else (values,):
             with _on_default_stream(chunk.device):
@@ -87,13 +87,16 @@ class Writer8bit:
         self._packed = plain(param)
         self._scale = param.SCB
 
-    def write(self, values: Tensor, start: int, *, is_scratch: bool = False) -> None:
+    def write(self, values: Tensor, start: int, *, is_scratch: bool = False, is_scaled: bool = True) -> None:
         """See `Writer`."""
         num_columns = self._packed.shape[1]
         rows = values.view(-1, num_columns)
         first = start // num_columns
         for chunk in rows.split(max(1, _CPU_CHUNK // num_columns)) if values.device.type == "cpu" else (rows,):
-            half, rescale = _to_float16(chunk, is_scratch=is_scratch)
+            half = _float16_like(chunk, is_scratch=is_scratch)
+            rescale = _scale_into(half, chunk) if is_scaled else None
+            if not is_scaled:
+                half.copy_(chunk)
             packed, scale, _ = int8_vectorwise_quant(half)
             self._packed[first : first + len(chunk)].copy_(packed)
             self._scale[first : first + len(chunk)].copy_(scale if rescale is None else scale.mul_(rescale))
@@ -103,20 +106,22 @@ class Writer8bit:
         """See `Writer`."""
 
 
-def _to_float16(rows: Tensor, *, is_scratch: bool) -> tuple[Tensor, Tensor | None]:
-    """Rows in float16, those that do not fit scaled by a power of two; and what undoes that, a number for each row.
+def _float16_like(rows: Tensor, *, is_scratch: bool) -> Tensor:
+    """Memory for rows in float16: that of ``rows`` if it is scratch of the same size."""
+    is_reused = is_scratch and rows.dtype.itemsize == torch.float16.itemsize
+    return rows.view(torch.float16) if is_reused else torch.empty_like(rows, dtype=torch.float16)
 
-    They may take the memory of ``rows`` if that is scratch.
-    """
+
+def _scale_into(half: Tensor, rows: Tensor) -> Tensor | None:
+    """Fill ``half`` with rows, those that do not fit scaled by a power of two; what undoes that, a number for each."""
     if rows.dtype == torch.float16:
-        return rows, None
+        half.copy_(rows)
+        return None
     largest = torch.linalg.vector_norm(rows, math.inf, dim=1).float()
     exponents = (largest.view(torch.int32) >> 12) + 1 >> 11  # of what it is rounded to: float16 drops 13 bits
     down, up = _scales(rows.device, rows.dtype)
-    is_reused = is_scratch and rows.dtype.itemsize == torch.float16.itemsize
-    half = rows.view(torch.float16) if is_reused else torch.empty_like(rows, dtype=torch.float16)
     torch.mul(rows, down.index_select(0, exponents).unsqueeze(1), out=half)
-    return half, up.index_select(0, exponents)
+    return up.index_select(0, exponents)
 
 
 @cache

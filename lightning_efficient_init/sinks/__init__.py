@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from lightning_efficient_init.sinks.choose import obstacle, shape_of, sink_for, sink_for_part, sinks_for
+from lightning_efficient_init.sinks.choose import (
+    obstacle,
+    shape_of,
+    sink_for,
+    sink_for_part,
+    sinks_again,
+    sinks_for,
+)
 from lightning_efficient_init.sinks.chunks import ChunkSink
 from lightning_efficient_init.sinks.part import PartSink
 from lightning_efficient_init.sinks.plain import PLAIN_TYPES, ScratchSink, plain_sink
@@ -20,5 +27,6 @@ __all__ = [
     "shape_of",
     "sink_for",
     "sink_for_part",
+    "sinks_again",
     "sinks_for",
 ]

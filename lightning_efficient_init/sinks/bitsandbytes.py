@@ -69,13 +69,15 @@ class _Weight:
         entry: What to fill it from.
         dtype: Of scratch memory.
         num_parts: How many writes make up the weight.
+        is_scaled: See `Writer.write`.
     """
 
-    def __init__(self, param: Any, entry: Entry, dtype: torch.dtype, num_parts: int) -> None:
+    def __init__(self, param: Any, entry: Entry, dtype: torch.dtype, num_parts: int, *, is_scaled: bool = True) -> None:
         self.entry = entry
         self.device: torch.device = param.device
         self.dtype = dtype
         self._param = param
+        self._is_scaled = is_scaled
         self._num_waiting = num_parts
         self._writer: Writer | None = None
 
@@ -83,7 +85,7 @@ class _Weight:
         """Quantize one part."""
         if self._writer is None:
             self._writer = self._param.writer()
-        self._writer.write(values, start, is_scratch=True)
+        self._writer.write(values, start, is_scratch=True, is_scaled=self._is_scaled)
         self._num_waiting -= 1
         if not self._num_waiting:
             self._writer.finish()
@@ -102,8 +104,15 @@ class _WholeSink(QuantizingSink):
         self._scratch = None
 
 
-def quantizing_sinks(name: str, param: Any, entry: Entry) -> Sequence[QuantizingSink]:
-    """The sinks that together fill the quantized parameter ``param``, called ``name``, from ``entry``."""
+def quantizing_sinks(name: str, param: Any, entry: Entry, *, is_scaled: bool) -> Sequence[QuantizingSink]:
+    """The sinks that together fill the quantized parameter ``param``, called ``name``, from ``entry``.
+
+    Args:
+        name: The model's name for the weight.
+        param: The quantized parameter.
+        entry: What to fill it from.
+        is_scaled: See `Writer.write`.
+    """
     packing = param.packing
     is_aligned = entry.offset % entry.dtype.itemsize == 0
     if packing.is_transposed or not entry.is_contiguous or not is_aligned:
@@ -111,5 +120,5 @@ def quantizing_sinks(name: str, param: Any, entry: Entry) -> Sequence[Quantizing
         return (_WholeSink(name, _Weight(param, entry, entry.dtype, 1), 0, numel),)
     step = max(1, PART_BYTES // packing.dtype.itemsize // packing.unit) * packing.unit
     starts = range(0, packing.numel, step)
-    shared = _Weight(param, entry, packing.dtype, len(starts))
+    shared = _Weight(param, entry, packing.dtype, len(starts), is_scaled=is_scaled)
     return [QuantizingSink(name, shared, start, min(step, packing.numel - start)) for start in starts]

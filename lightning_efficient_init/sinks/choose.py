@@ -20,8 +20,14 @@ from lightning_efficient_init.sinks.sink import Sink
 def sinks_for(name: str, tensor: torch.Tensor, entry: Entry, part: Part | None) -> Sequence[Sink]:
     """The sinks that fill ``tensor``, called ``name`` in the model, or this rank's ``part`` of it, from ``entry``."""
     if isinstance(tensor, QuantizedParameter) and entry.dtype.is_floating_point:
-        return quantizing_sinks(name, tensor, entry)
+        return quantizing_sinks(name, tensor, entry, is_scaled=False)
     return (_sink(name, tensor, entry, part),)
+
+
+def sinks_again(name: str, param: QuantizedParameter, entry: Entry) -> Sequence[Sink]:
+    """The sinks that fill a quantized ``param`` once more, with scaled values, if some did not fit; hardly ever any."""
+    is_quantized_here = entry.dtype.is_floating_point and param.packing.has_overflowed(param)  # type: ignore[arg-type]
+    return quantizing_sinks(name, param, entry, is_scaled=True) if is_quantized_here else ()
 
 
 def sink_for(name: str, tensor: torch.Tensor, entry: Entry) -> Sink:

@@ -1,6 +1,7 @@
 """Streams into quantized weights: memory, and what is known when reading fails."""
 
 import gc
+import math
 import os
 
 import pytest
@@ -85,3 +86,30 @@ def test_a_file_that_ends_early_leaves_weights_as_they_were_or_says_which_were_w
 def test_scratch_in_flight_is_bounded_however_large_a_weight_is():
     assert sinks.PART_BYTES <= load.BATCH_BYTES
     assert load.BATCH_BYTES * load.max_batches("cuda") <= 192 << 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("large", [65520.0, 1e5, math.inf])
+def test_a_weight_with_values_that_float16_cannot_hold_is_read_again_and_scaled(
+    large, dtype, device, tmp_path, monkeypatch, bytes_read
+):
+    monkeypatch.setattr(sinks, "PART_BYTES", 1 << 12)
+    state = {f"{i}.weight": torch.randn(256, 64).to(dtype) for i in range(4)}
+    state["1.weight"][200, 3] = large
+    torch.save(state, tmp_path / "a.pth")
+    fabric = quantizing_fabric("int8", "32-true" if dtype == torch.float32 else "bf16-true", device.type)
+    found, expected = (built(fabric, _four_linears, empty=True) for _ in range(2))
+    expected.load_state_dict(state)
+    before = bytes_read()
+    load_checkpoint(found, tmp_path / "a.pth")
+    read = bytes_read() - before
+    sizes = sum(value.nbytes for value in state.values()), state["1.weight"].nbytes
+    is_large = torch.tensor(large).to(dtype).half().isinf()
+    assert (read >= sum(sizes)) == bool(is_large)
+    for layer, same in zip(found, expected, strict=True):
+        assert torch.equal(layer.weight.data, same.weight.data)
+        assert torch.equal(layer.weight.SCB, same.weight.SCB)
+
+
+def _four_linears():
+    return nn.Sequential(*(nn.Linear(64, 256, bias=False) for _ in range(4)))
