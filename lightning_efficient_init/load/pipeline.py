@@ -5,8 +5,9 @@ common list. Each owns a file descriptor and two slots of the ring, which is one
 device copies from it at full speed. A thread reads into one slot while the device still copies from its other one; an
 event per slot says when it is free again. The ring is all the host memory that a load takes, whatever the checkpoint's
 size. All copies go through one CUDA stream, which keeps the link to the device busy by itself. With a dozen threads
-the GIL is what limits the rate: a lane makes as few calls per read as it can, and each thread pins its own slots,
-while reads are still being planned and others already load.
+the GIL is what limits the rate: a lane makes as few calls per read as it can, none of which gives the GIL away for a
+moment only (copies are the driver's own calls), and each thread pins its own slots, while reads are still being planned
+and others already load.
 
 If the target is on the CPU and nothing has to be cast, the ring is not used: ``preadv`` scatters straight from the
 page cache into the parameters.
@@ -33,7 +34,7 @@ Decided against:
 - *Threads near the device's memory* (NUMA): a thread that pins itself to a node's cores stays off all others, also when
   they are the only idle ones, and where the file's pages are is not known. Whoever starts one process for each device
   binds it from outside (``numactl``, ``taskset``); the threads inherit that, and their number follows the affinity.
-- *Compiled code*: the threads spend their time in ``preadv`` and in copies, both of which release the GIL.
+- *Compiled code*: the threads spend their time in ``preadv``, which releases the GIL; the device does the copies.
 """
 
 from __future__ import annotations

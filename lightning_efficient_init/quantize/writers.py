@@ -4,8 +4,10 @@ Which values. A weight is quantized from what the same model without quantizatio
 the layer (a checkpoint in float32 is cast to bfloat16 under ``bf16-true``). The 4-bit modes quantize that as it is.
 int8 is defined on float16: what bitsandbytes does is done here, too, except for rows with values that float16 cannot
 hold (beyond 65504). They are scaled by a power of two, which is exact, so that nothing becomes infinite; other rows
-are bit for bit the same. All kernels are bitsandbytes' own. They work on blocks of 64 elements or on rows, so that
-parts of a weight can be quantized one after the other, with the same result.
+are bit for bit the same. To look for such rows takes about as long as to quantize them, so a weight that streams in is
+quantized without, and streams in once more if its statistics turn out infinite. All kernels are bitsandbytes' own. They
+work on blocks of 64 elements or on rows, so that parts of a weight can be quantized one after the other, with the same
+result.
 """
 
 from __future__ import annotations
@@ -93,10 +95,7 @@ class Writer8bit:
         rows = values.view(-1, num_columns)
         first = start // num_columns
         for chunk in rows.split(max(1, _CPU_CHUNK // num_columns)) if values.device.type == "cpu" else (rows,):
-            half = _float16_like(chunk, is_scratch=is_scratch)
-            rescale = _scale_into(half, chunk) if is_scaled else None
-            if not is_scaled:
-                half.copy_(chunk)
+            half, rescale = _to_float16(chunk, is_scratch=is_scratch, is_scaled=is_scaled)
             packed, scale, _ = int8_vectorwise_quant(half)
             self._packed[first : first + len(chunk)].copy_(packed)
             self._scale[first : first + len(chunk)].copy_(scale if rescale is None else scale.mul_(rescale))
@@ -106,22 +105,22 @@ class Writer8bit:
         """See `Writer`."""
 
 
-def _float16_like(rows: Tensor, *, is_scratch: bool) -> Tensor:
-    """Memory for rows in float16: that of ``rows`` if it is scratch of the same size."""
-    is_reused = is_scratch and rows.dtype.itemsize == torch.float16.itemsize
-    return rows.view(torch.float16) if is_reused else torch.empty_like(rows, dtype=torch.float16)
+def _to_float16(rows: Tensor, *, is_scratch: bool, is_scaled: bool) -> tuple[Tensor, Tensor | None]:
+    """Rows in float16, and what undoes their scaling by powers of two, a number for each row, where they are scaled.
 
-
-def _scale_into(half: Tensor, rows: Tensor) -> Tensor | None:
-    """Fill ``half`` with rows, those that do not fit scaled by a power of two; what undoes that, a number for each."""
+    They may take the memory of ``rows`` if that is scratch.
+    """
     if rows.dtype == torch.float16:
-        half.copy_(rows)
-        return None
+        return rows, None
+    is_reused = is_scratch and rows.dtype.itemsize == torch.float16.itemsize
+    half = rows.view(torch.float16) if is_reused else torch.empty_like(rows, dtype=torch.float16)
+    if not is_scaled:
+        return half.copy_(rows), None
     largest = torch.linalg.vector_norm(rows, math.inf, dim=1).float()
     exponents = (largest.view(torch.int32) >> 12) + 1 >> 11  # of what it is rounded to: float16 drops 13 bits
     down, up = _scales(rows.device, rows.dtype)
     torch.mul(rows, down.index_select(0, exponents).unsqueeze(1), out=half)
-    return up.index_select(0, exponents)
+    return half, up.index_select(0, exponents)
 
 
 @cache
