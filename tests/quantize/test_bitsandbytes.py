@@ -239,6 +239,7 @@ def _loss_and_gradients(fabric, wrapped, tokens):
     return output.detach(), {name: param.grad for name, param in wrapped.named_parameters() if param.grad is not None}
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 8), reason="older compilers break the graph at bitsandbytes' parameters")
 @pytest.mark.filterwarnings(*COMPILER_TALK)
 @pytest.mark.parametrize(
     ("mode", "precision", "tolerance"),
