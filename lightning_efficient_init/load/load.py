@@ -165,16 +165,18 @@ def _write(
 def _stream_wave(wave: Sequence[Write], settings: Settings, meter: Meter, sharing: Replicas | None) -> None:
     """Fill tensors that have no memory in common."""
     sharded = [write for write in wave if write.is_sharded]
+    whole = [write for write in wave if not write.is_sharded]
     copies = sharing and _copies([write.tensor for write in sharded], sharing)
     with agreed(copies):
         stream(_sinks(sharded), settings, meter, copies)
-    whole = [write for write in wave if not write.is_sharded]
+    written = [write.name for write in sharded]
     try:
         stream(_sinks(whole), settings, meter, sharing)
+        written += [write.name for write in whole]
         quantized = [(w.name, w.tensor, w.entry) for w in whole if isinstance(w.tensor, QuantizedParameter)]
         stream([sink for found in quantized for sink in sinks_again(*found)], settings, meter, sharing)
     except CheckpointError as error:
-        error.add_written([write.name for write in sharded])
+        error.add_written(written)
         raise
 
 
