@@ -153,10 +153,10 @@ def _initialize(original: Callable[..., Any], *, args: Any, **kwargs: Any) -> An
     return original(args=args, **kwargs)
 
 
-def _register_compile_pass(original: Callable[..., None], engine: Any, *args: Any) -> None:
+def _register_compile_pass(original: Callable[..., None], engine: Any, *args: Any, **kwargs: Any) -> None:
     """To register a pass imports torch's compiler, one to three seconds; only what DeepCompile builds looks for it."""
     if engine.is_deepcompile_enabled():
-        original(engine, *args)
+        original(engine, *args, **kwargs)
 
 
 def _check_stage(config: dict[str, Any]) -> None:

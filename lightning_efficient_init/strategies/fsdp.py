@@ -81,7 +81,7 @@ def wrap(module: Module, device: torch.device, options: dict[str, Any]) -> Modul
 
     blocks = {id(block) for block in repeated_blocks(module)}
     options = {"param_init_fn": fill, "auto_wrap_policy": partial(_is_block, blocks), **options}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _letting_go()():
         if _is_one_part(options, device):
             options = _unsharded(options)
             warnings.filterwarnings("ignore", "The `NO_SHARD`", FutureWarning)  # advice to whom has not asked for it
@@ -89,6 +89,23 @@ def wrap(module: Module, device: torch.device, options: dict[str, Any]) -> Modul
     mark_parts(wrapped)
     keep_recipes(wrapped, refs, device, left)
     return wrapped
+
+
+@cache
+def _letting_go() -> ScopedPatch:
+    """While FSDP wraps a module: a unit's own parameters are gone before it is cut.
+
+    FSDP itself keeps them beside the flat copy until it has the shard as well: two units and a half, where two do.
+    """
+    from torch.distributed.fsdp._flat_param import FlatParamHandle  # noqa: PLC0415 (slow to import)
+
+    return ScopedPatch(FlatParamHandle, "shard", _shard)
+
+
+def _shard(original: Callable[[Any], None], handle: Any) -> None:
+    if handle._use_orig_params:
+        handle._use_unsharded_views(as_params=True)
+    original(handle)
 
 
 def _is_one_part(options: dict[str, Any], device: torch.device) -> bool:

@@ -396,14 +396,21 @@ class Blocks(torch.nn.Sequential):
         super().__init__(*[torch.nn.Sequential(torch.nn.Linear(2048, 4096, bias=False)) for _ in range(8)])
 
 
-def _peak(rank, engine, path):
+class BlocksAndHead(torch.nn.Sequential):
+    """Eight blocks, and two blocks' worth of what is in none."""
+
+    def __init__(self):
+        super().__init__(Blocks(), torch.nn.Linear(2048, 8192, bias=False))
+
+
+def _peak(rank, engine, make, path):
     fabric = fabric_of(2, engine)
     with fabric.init_module():
         fabric.setup(two_layers())  # libraries that are imported at the first use are not what is measured
     gc.collect()
     with PeakMemory(in_background=True) as memory:
         with fabric.init_module(empty_init=path is not None):
-            model = Blocks()
+            model = make()
         if path is not None:
             fabric.load_raw(path, model)
         model = fabric.setup(model)
@@ -416,8 +423,18 @@ def test_no_rank_ever_has_more_than_its_part_and_two_blocks(tmp_path, engine, is
     path = tmp_path / "a.pth" if is_loaded else None
     if is_loaded:
         torch.save(Blocks().state_dict(), path)
-    for peak_bytes in run_ranks(_peak, 2, engine, path):
+    for peak_bytes in run_ranks(_peak, 2, engine, Blocks, path):
         assert 3 * BLOCK_BYTES < peak_bytes <= 6 * BLOCK_BYTES + (16 << 20)  # of eight
+
+
+@engines
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_what_is_in_no_block_is_there_no_more_than_twice_beside_what_is_sharded(tmp_path, engine, is_loaded):
+    path = tmp_path / "a.pth" if is_loaded else None
+    if is_loaded:
+        torch.save(BlocksAndHead().state_dict(), path)
+    for peak_bytes in run_ranks(_peak, 2, engine, BlocksAndHead, path):
+        assert peak_bytes <= 4 * BLOCK_BYTES + 2 * 2 * BLOCK_BYTES + (16 << 20)
 
 
 def _uninitialized(rank, engine):
