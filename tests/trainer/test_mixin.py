@@ -248,7 +248,7 @@ class _DeepSpeedOnCPU(DeepSpeedStrategy):
         self._init_deepspeed_distributed()
 
     def setup(self, trainer):
-        with initializing()():
+        with initializing():
             super().setup(trainer)
 
 
