@@ -47,7 +47,7 @@ class CheckpointError(EfficientInitError):
 
     def add_written(self, names: Sequence[str]) -> None:
         """Note that these tensors no longer hold what they held before the load."""
-        self.written = tuple(dict.fromkeys([*names, *self.written]))
+        self.written = tuple(names)
 
     def __str__(self) -> str:
         message = super().__str__()

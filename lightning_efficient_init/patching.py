@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -65,3 +65,12 @@ class ScopedPatch:
             return self._replacement(original, *args, **kwargs)
 
         return wrapper
+
+
+@contextmanager
+def patching(patches: Iterable[ScopedPatch]) -> Iterator[None]:
+    """Open a context of each of several patches."""
+    with ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch())
+        yield

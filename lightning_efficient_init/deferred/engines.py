@@ -6,8 +6,8 @@ the window on the whole. It hangs on the storage of the (meta) part, as recipes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
@@ -15,19 +15,15 @@ import torch
 
 from lightning_efficient_init.deferred import parameter
 from lightning_efficient_init.deferred.recipe import Ref, recipe_of
-from lightning_efficient_init.patching import ScopedPatch
+from lightning_efficient_init.patching import ScopedPatch, patching
 from lightning_efficient_init.sharding import is_dtensor
 
 _WINDOW = "_efficient_init_whole"
 
 
-@contextmanager
-def unrecorded_engines() -> Iterator[None]:
+def unrecorded_engines() -> AbstractContextManager[None]:
     """Let ``fully_shard`` and tensor parallelism work on what is deferred."""
-    with ExitStack() as stack:
-        for patch in _patches():
-            stack.enter_context(patch())
-        yield
+    return patching(_patches())
 
 
 def window_of(tensor: Any) -> Ref | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,16 +15,12 @@ from lightning_efficient_init.deferred.arguments import is_deferred
 from lightning_efficient_init.deferred.parameter import undisturbed
 from lightning_efficient_init.deferred.recipe import recipe_of
 from lightning_efficient_init.deferred.wording import misuse
-from lightning_efficient_init.patching import ScopedPatch
+from lightning_efficient_init.patching import ScopedPatch, patching
 
 
-@contextmanager
-def patched() -> Iterator[None]:
+def patched() -> AbstractContextManager[None]:
     """All of them."""
-    with ExitStack() as stack:
-        for patch in _PATCHES:
-            stack.enter_context(patch())
-        yield
+    return patching(_PATCHES)
 
 
 def _new_parameter(original: Callable[..., Any], cls: Any, data: Any = None, requires_grad: bool = True) -> Any:

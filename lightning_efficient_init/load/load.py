@@ -141,12 +141,9 @@ def _write(
             map_entries(all_writes)
         else:
             sharing = replicas and replicas.confirm([_work(writes.waves), settings])
-            for number, wave in enumerate(writes.waves):
-                try:
-                    _stream_wave(wave, settings, meter, sharing)
-                except CheckpointError as error:
-                    error.add_written([write.name for before in writes.waves[:number] for write in before])
-                    raise
+            written: list[str] = []
+            for wave in writes.waves:
+                _stream_wave(wave, settings, meter, sharing, written)
         _note_writes([write.tensor for write in all_writes])
         refresh(write.tensor for write in all_writes if write.part is not None)
     with torch.inference_mode():  # which may write to inference tensors as well as to others
@@ -162,22 +159,18 @@ def _write(
     return tuple(names)
 
 
-def _stream_wave(wave: Sequence[Write], settings: Settings, meter: Meter, sharing: Replicas | None) -> None:
-    """Fill tensors that have no memory in common."""
+def _stream_wave(
+    wave: Sequence[Write], settings: Settings, meter: Meter, sharing: Replicas | None, written: list[str]
+) -> None:
+    """Fill tensors that have no memory in common, and add their names to ``written``."""
     sharded = [write for write in wave if write.is_sharded]
     whole = [write for write in wave if not write.is_sharded]
     copies = sharing and _copies([write.tensor for write in sharded], sharing)
     with agreed(copies):
-        stream(_sinks(sharded), settings, meter, copies)
-    written = [write.name for write in sharded]
-    try:
-        stream(_sinks(whole), settings, meter, sharing)
-        written += [write.name for write in whole]
-        quantized = [(w.name, w.tensor, w.entry) for w in whole if isinstance(w.tensor, QuantizedParameter)]
-        stream([sink for found in quantized for sink in sinks_again(*found)], settings, meter, sharing)
-    except CheckpointError as error:
-        error.add_written(written)
-        raise
+        stream(_sinks(sharded), settings, meter, copies, written)
+    stream(_sinks(whole), settings, meter, sharing, written)
+    quantized = [(w.name, w.tensor, w.entry) for w in whole if isinstance(w.tensor, QuantizedParameter)]
+    stream([sink for found in quantized for sink in sinks_again(*found)], settings, meter, sharing, written)
 
 
 def _copies(tensors: Sequence[torch.Tensor], replicas: Replicas) -> Replicas | None:
@@ -242,7 +235,13 @@ def _work_of(write: Write, device_number: int) -> tuple[object, ...]:
     return write.name, tensor.dtype, tensor.device.type, device_number, is_direct, write.entry
 
 
-def stream(sinks: Sequence[Sink], settings: Settings, meter: Meter, replicas: Replicas | None = None) -> None:
+def stream(
+    sinks: Sequence[Sink],
+    settings: Settings,
+    meter: Meter,
+    replicas: Replicas | None = None,
+    written: list[str] | None = None,
+) -> None:
     """Fill each sink. What needs scratch memory goes in batches; one is worked on while the next ones are read.
 
     Args:
@@ -250,12 +249,13 @@ def stream(sinks: Sequence[Sink], settings: Settings, meter: Meter, replicas: Re
         settings: Host memory and threads.
         meter: Told of the progress.
         replicas: Other ranks that fill the same sinks with the same settings, and share the reading.
+        written: Names of what the same load has written before; it gets those of the sinks.
     """
     by_device: dict[torch.device, list[Sink]] = defaultdict(list)
     for sink in sinks:
         by_device[sink.device].append(sink)
     done = 0
-    written: list[str] = []
+    written = [] if written is None else written
     for device, group in by_device.items():
         done += _stream_to(device, group, settings, partial(_tick, meter, done), written, replicas)
 

@@ -13,7 +13,7 @@ result.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
@@ -45,7 +45,7 @@ class Writer4bit:
 
     def write(self, values: Tensor, start: int, *, is_scratch: bool = False, is_scaled: bool = True) -> None:
         """See `Writer`."""
-        for chunk in values.split(_CPU_CHUNK) if values.device.type == "cpu" else (values,):
+        for chunk in _chunks(values, _CPU_CHUNK):
             with _on_default_stream(chunk.device):
                 packed, absmax = torch.ops.bitsandbytes.quantize_4bit.default(
                     chunk, BLOCK_SIZE, self._state.quant_type, torch.uint8
@@ -94,7 +94,7 @@ class Writer8bit:
         num_columns = self._packed.shape[1]
         rows = values.view(-1, num_columns)
         first = start // num_columns
-        for chunk in rows.split(max(1, _CPU_CHUNK // num_columns)) if values.device.type == "cpu" else (rows,):
+        for chunk in _chunks(rows, max(1, _CPU_CHUNK // num_columns)):
             half, rescale = _to_float16(chunk, is_scratch=is_scratch, is_scaled=is_scaled)
             packed, scale, _ = int8_vectorwise_quant(half)
             self._packed[first : first + len(chunk)].copy_(packed)
@@ -103,6 +103,11 @@ class Writer8bit:
 
     def finish(self) -> None:
         """See `Writer`."""
+
+
+def _chunks(values: Tensor, size: int) -> Sequence[Tensor]:
+    """What is given to a kernel at a time."""
+    return values.split(size) if values.device.type == "cpu" else (values,)
 
 
 def _to_float16(rows: Tensor, *, is_scratch: bool, is_scaled: bool) -> tuple[Tensor, Tensor | None]:

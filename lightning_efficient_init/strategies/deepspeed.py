@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from functools import cache, partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from lightning_efficient_init.deferred.sharded import agree, evaluate_each, rele
 from lightning_efficient_init.load.load import run_plan
 from lightning_efficient_init.load.postponed import has_waiting, take_waiting
 from lightning_efficient_init.load.replicas import agreed
-from lightning_efficient_init.patching import ScopedPatch
+from lightning_efficient_init.patching import ScopedPatch, patching
 from lightning_efficient_init.precision import EfficientInit, cast_module
 from lightning_efficient_init.rendezvous import exchange
 from lightning_efficient_init.sharding import is_partitioned, partition
@@ -128,13 +128,9 @@ def use_cpu() -> None:
     set_accelerator(_CPU())
 
 
-@contextmanager
-def initializing() -> Iterator[None]:
+def initializing() -> AbstractContextManager[None]:
     """While Lightning calls ``deepspeed.initialize``."""
-    with ExitStack() as stack:
-        for patch in _patches():
-            stack.enter_context(patch())
-        yield
+    return patching(_patches())
 
 
 @cache

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any, get_args
 
@@ -21,7 +21,7 @@ from torch.nn import Module
 from lightning_efficient_init.deferred import fill_own, keep_recipes
 from lightning_efficient_init.deferred.sharded import windows
 from lightning_efficient_init.load.postponed import has_waiting
-from lightning_efficient_init.patching import ScopedPatch
+from lightning_efficient_init.patching import ScopedPatch, patching
 from lightning_efficient_init.precision import EfficientInit, PrecisionName, cast_module
 from lightning_efficient_init.sharding import mark_parts
 from lightning_efficient_init.strategies.fsdp2 import repeated_blocks
@@ -162,17 +162,13 @@ def making_mesh(options: dict[str, Any], device_type: Callable[[], str]) -> Iter
         options["device_mesh"] = sizes
 
 
-@contextmanager
-def gathering() -> Iterator[None]:
+def gathering() -> AbstractContextManager[None]:
     """Let FSDP gather full state dicts on a CPU as well.
 
     What is on the CPU already, its copy to the CPU shares: unsharded parameters, which FSDP then frees, and the buffer
     in which it gathers one state of the optimizer after the other (torch 2.6 to 2.13).
     """
-    with ExitStack() as stack:
-        for patch in _cpu_patches():
-            stack.enter_context(patch())
-        yield
+    return patching(_cpu_patches())
 
 
 @cache

@@ -417,23 +417,24 @@ def _peak(rank, engine, make, path):
     return memory.host_bytes
 
 
+def peaks(engine, make, path):
+    """Of the host, for each of two ranks that build, shard and, given a path, load a model."""
+    if path is not None:
+        torch.save(make().state_dict(), path)
+    return run_ranks(_peak, 2, engine, make, path)
+
+
 @engines
 @pytest.mark.parametrize("is_loaded", [False, True])
 def test_no_rank_ever_has_more_than_its_part_and_two_blocks(tmp_path, engine, is_loaded):
-    path = tmp_path / "a.pth" if is_loaded else None
-    if is_loaded:
-        torch.save(Blocks().state_dict(), path)
-    for peak_bytes in run_ranks(_peak, 2, engine, Blocks, path):
+    for peak_bytes in peaks(engine, Blocks, tmp_path / "a.pth" if is_loaded else None):
         assert 3 * BLOCK_BYTES < peak_bytes <= 6 * BLOCK_BYTES + (16 << 20)  # of eight
 
 
 @engines
 @pytest.mark.parametrize("is_loaded", [False, True])
 def test_what_is_in_no_block_is_there_no_more_than_twice_beside_what_is_sharded(tmp_path, engine, is_loaded):
-    path = tmp_path / "a.pth" if is_loaded else None
-    if is_loaded:
-        torch.save(BlocksAndHead().state_dict(), path)
-    for peak_bytes in run_ranks(_peak, 2, engine, BlocksAndHead, path):
+    for peak_bytes in peaks(engine, BlocksAndHead, tmp_path / "a.pth" if is_loaded else None):
         assert peak_bytes <= 4 * BLOCK_BYTES + 2 * 2 * BLOCK_BYTES + (16 << 20)
 
 

@@ -271,3 +271,16 @@ def test_failing_takes_less_than_a_moment(planned, path):
     with pytest.raises(CorruptCheckpointError):
         run_plan(plan, Settings())
     assert time.perf_counter() - started < 5
+
+
+def test_what_was_written_before_memory_that_others_share_is_named(tmp_path):
+    torch.save({name: torch.ones(1000) for name in ("alone", "first", "last")}, tmp_path / "w.pt")
+    memory = torch.zeros(1500)
+    values = {"alone": torch.zeros(1000), "first": memory[:1000], "last": memory[500:]}  # which is written after it
+    model = nn.ParameterDict({name: nn.Parameter(value) for name, value in values.items()})
+    plan = plan_load(model, tmp_path / "w.pt")
+    with open(tmp_path / "w.pt", "r+b") as file:
+        file.truncate(plan.entries["last"].offset + 1000)
+    with pytest.raises(CorruptCheckpointError) as caught:
+        run_plan(plan, SMALL)
+    assert caught.value.written[:2] == ("alone", "first")
