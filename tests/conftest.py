@@ -36,6 +36,14 @@ def device(request):
     return torch.device("cuda", 0) if request.param == "cuda" else torch.device("cpu")
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def accelerator(request):
+    """What two ranks run on."""
+    if request.param == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    return request.param
+
+
 @pytest.fixture
 def bytes_read():
     """Bytes that this process has asked the system to read so far, whether from a disk or not."""

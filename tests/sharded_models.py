@@ -59,7 +59,7 @@ class TinyLM(nn.Module):
         self.head.weight = self.embed.weight
         self.shift = nn.Parameter(torch.randn(1))
         self.frozen = nn.Parameter(torch.randn(3, width).abs_(), requires_grad=False)
-        self.register_buffer("angles", torch.arange(width, dtype=torch.float32) / 7, persistent=False)
+        self.register_buffer("angles", torch.arange(width, dtype=torch.float32) / 8, persistent=False)
         self.register_buffer("noise", torch.randn(width))
         self.metric = MeanMetric()
         self.apply(self._init_weights)
@@ -111,7 +111,7 @@ def train(fabric, model, optimizer, steps):
     losses = []
     for step in range(steps):
         optimizer.zero_grad()
-        loss = loss_of(model, tokens(10 * step + fabric.global_rank))
+        loss = loss_of(model, tokens(10 * step + fabric.global_rank).to(fabric.device))
         fabric.backward(loss)
         optimizer.step()
         losses.append(fabric.all_reduce(loss.detach()).item())

@@ -102,7 +102,7 @@ class Replicas:
         self._saved_bytes.append(num_bytes - num_segment_bytes(shares[node.rank()]))
         count = max(1, -(-num_bytes // _ROUND_BYTES)) if is_divisible else 1
         rounds = list(zip(*(divide(share, count) for share in shares), strict=True))
-        reads = [parts[node.rank()] for parts in rounds]
+        reads = [list(parts[node.rank()]) for parts in rounds]
         reads[-1] += rest  # which nobody waits for
         return [Round(*both) for both in zip(reads, rounds, strict=True)]
 
