@@ -8,10 +8,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from lightning.fabric.utilities.init import _EmptyInit
 
-from lightning_efficient_init.deferred import empty_init
+from lightning_efficient_init.deferred import empty_init, know_mode
 from lightning_efficient_init.lightning_checkpoint import streaming_load_from_checkpoint
 from lightning_efficient_init.load.state_dict import streaming_load_state_dict
 from lightning_efficient_init.quantize import Quantizer
+
+know_mode(_EmptyInit)  # skips initializers, which are not compiled
 
 
 @contextmanager

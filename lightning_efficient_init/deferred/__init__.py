@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_efficient_init.deferred.answers import know_mode
 from lightning_efficient_init.deferred.audit import uninitialized_parameters
 from lightning_efficient_init.deferred.distribute import (
     distribute,
@@ -52,6 +53,7 @@ __all__ = [
     "is_deferred",
     "is_postponed",
     "keep_recipes",
+    "know_mode",
     "layerwise_init",
     "materialize",
     "move_whole",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, MethodWrapperType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 
 _MAY_HOLD_TENSORS = (torch.Tensor, tuple, list)
+_COMPILED = frozenset({BuiltinFunctionType, MethodDescriptorType, MethodWrapperType})
 
 
 class Answers(TorchFunctionMode):
@@ -54,7 +55,8 @@ class Answers(TorchFunctionMode):
             answer = _applicable(answer, func, args, kwargs or {})
             if answer is not None:
                 return answer(self._recorder, func, args, kwargs or {})
-        with _guard_for(func):
+        guard, kwargs = _below(func, kwargs)
+        with guard:
             out = func(*args, **kwargs) if kwargs else func(*args)
         if isinstance(out, _MAY_HOLD_TENSORS):
             with torch._C.DisableTorchFunction():
@@ -70,11 +72,35 @@ def _applicable(answer: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str,
         return _into if is_deferred(kwargs.get("out")) and func in _device_constructors() else None
 
 
-def _guard_for(func: Any) -> Any:
-    """Functions of `torch.nn.init` run below all function modes, so that none of them skips them."""
-    if type(func) is FunctionType and func.__module__ == "torch.nn.init":
-        return torch._C.DisableTorchFunction()
-    return torch._C.DisableTorchFunctionSubclass()
+_known_modes: set[type[TorchFunctionMode]] = {DeviceContext, Answers}  # the latter of the same recording
+
+
+def _below(func: Any, kwargs: dict[str, Any] | None) -> tuple[Any, dict[str, Any] | None]:
+    """In which context, and with which arguments, to go on with what has no answer here.
+
+    Functions of `torch.nn.init` run below all function modes, so that none of them skips them. So do compiled functions
+    if nothing is known to look at them but a device, which is added here: that saves a tenth of the time.
+    """
+    kind = type(func)
+    if kind is FunctionType and func.__module__ == "torch.nn.init":
+        return torch._C.DisableTorchFunction(), kwargs
+    device = None
+    if kind in _COMPILED:
+        for mode in reversed(_get_current_function_mode_stack()):
+            if type(mode) not in _known_modes:
+                break
+            if device is None and type(mode) is DeviceContext:
+                device = mode.device
+        else:
+            if device is not None and func in _device_constructors() and not (kwargs and kwargs.get("device")):
+                kwargs = {**(kwargs or {}), "device": device}
+            return torch._C.DisableTorchFunction(), kwargs
+    return torch._C.DisableTorchFunctionSubclass(), kwargs
+
+
+def know_mode(mode: type[TorchFunctionMode]) -> None:
+    """Say that a function mode does nothing about compiled functions, so that it need not be asked about them."""
+    _known_modes.add(mode)
 
 
 # -- the answers
