@@ -120,6 +120,30 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(file: CheckpointFile, name: str, info: Any, data_offset: int) -> Entry:
+    """Makes an entry of what the header says of one tensor; of what is in order in a third of the time."""
+    try:
+        dtype, sizes, strides, num_bytes = _kind(info["dtype"], *info["shape"])
+        start, end = info["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        return _looked_at(file, name, info, data_offset)
+    is_span = type(start) is type(end) is int and start >= 0 and end - start == num_bytes
+    if is_span and data_offset + end <= file.num_bytes:
+        return Entry(file.path, data_offset + start, dtype, sizes, strides)
+    return _looked_at(file, name, info, data_offset)
+
+
+@lru_cache(maxsize=4096, typed=True)  # of many tensors, most are like another one; 1, 1.0 and true differ
+def _kind(dtype: Any, *shape: Any) -> tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int]:
+    """Gives dtype, sizes, strides and bytes of a tensor of the usual kind."""
+    sizes = None if dtype == "F4" else _sizes([*shape])
+    if sizes is None:
+        raise ValueError("not of the usual kind")
+    strides = row_major(sizes)
+    return _DTYPES[dtype], sizes, strides, layout_of(sizes, strides).numel * _DTYPES[dtype].itemsize
+
+
+def _looked_at(file: CheckpointFile, name: str, info: Any, data_offset: int) -> Entry:
+    """Makes an entry step by step, and says what is wrong."""
     if not isinstance(info, dict) or not info.keys() >= _KEYS:
         raise _corrupt(file, "dtype, shape and data_offsets", show(info), name)
     shape, span = info["shape"], info["data_offsets"]
@@ -180,15 +204,7 @@ def _sizes(shape: Any) -> tuple[int, ...] | None:
     """The sizes of a shape; None if it is none."""
     if not isinstance(shape, list) or len(shape) > _MAX_DIMS:
         return None
-    try:
-        return _checked_sizes(*shape)
-    except TypeError:  # of a list or a dict among them, which has no hash
-        return None
-
-
-@lru_cache(maxsize=4096, typed=True)  # of many tensors, most have the shape of another one; 1, 1.0 and true differ
-def _checked_sizes(*sizes: Any) -> tuple[int, ...] | None:
-    return sizes if all(type(size) is int and 0 <= size <= _MAX_SIZE for size in sizes) else None
+    return tuple(shape) if all(type(size) is int and 0 <= size <= _MAX_SIZE for size in shape) else None
 
 
 def _is_span(span: Any) -> bool:

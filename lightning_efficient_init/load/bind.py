@@ -195,18 +195,21 @@ def _bind_by_name(tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any],
         value = state.get(name, binding)
         if value is binding:  # which is no value
             binding.missing.append(name)
-        elif _fits_plainly(tensor, value):
+        elif type(value) is Entry and _fits_plainly(tensor, value):
             entries[name] = value
         else:
             _offer(binding, name, tensor, value)
 
 
-def _fits_plainly(tensor: torch.Tensor, value: Any) -> bool:
-    """Whether ``value`` is what nearly all are: an entry in one piece, of the tensor's shape."""
-    if type(value) is not Entry or value.chunks:
-        return False
-    shape = tensor.shape if is_unmarked(tensor) else shape_of(tensor)
-    return value.shape == shape and not _is_expanded(tensor)
+def _fits_plainly(tensor: torch.Tensor, entry: Entry) -> bool:
+    """Whether tensor and entry are what nearly all are: in one piece, and of one shape."""
+    return (
+        is_unmarked(tensor)
+        and entry.shape == tensor.shape
+        and not entry.chunks
+        and tensor.layout is torch.strided
+        and tensor.is_contiguous()
+    )
 
 
 def _bind_special(

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from lightning_efficient_init.checkpoint import Entry
+from lightning_efficient_init.checkpoint.entry import layout_of
 from lightning_efficient_init.sinks import Segment
 
 PAGE_BYTES = 4096
@@ -69,8 +70,9 @@ def plan_reads(segments: Sequence[Segment], max_read_bytes: int) -> list[Read]:
 def num_unique_bytes(entries: Iterable[Entry]) -> int:
     """Bytes of the files that the entries cover, bytes that several of them share counted once."""
     total, last_file, end = 0, "", 0
-    pieces = [piece for entry in entries for piece in (entry.pieces if entry.chunks else (entry,))]
-    for file, offset, num_bytes in sorted([(piece.file, piece.offset, piece.extent_bytes) for piece in pieces]):
+    pieces: Sequence[Entry] = [piece for entry in entries for piece in (entry.pieces if entry.chunks else (entry,))]
+    extents = [(e.file, e.offset, layout_of(e.shape, e.stride).extent * e.dtype.itemsize) for e in pieces]
+    for file, offset, num_bytes in sorted(extents):
         if file != last_file:
             last_file, end = file, 0
         stop = offset + num_bytes

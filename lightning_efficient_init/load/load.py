@@ -164,7 +164,7 @@ def _stream_wave(
 ) -> None:
     """Fill tensors that have no memory in common, and add their names to ``written``."""
     sharded = [write for write in wave if write.is_sharded]
-    whole = [write for write in wave if not write.is_sharded]
+    whole = [write for write in wave if not write.is_sharded] if sharded else wave
     copies = sharing and _copies([write.tensor for write in sharded], sharing)
     with agreed(copies):
         stream(_sinks(sharded), settings, meter, copies, written)

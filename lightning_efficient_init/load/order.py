@@ -6,7 +6,6 @@ counts. Here many threads copy at once, in the order of the file: what shares me
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -68,15 +67,17 @@ def order_writes(tensors: Mapping[str, torch.Tensor], binding: Binding) -> Write
     parts = {name: part for name in names if (part := part_of(tensors[name])) is not None}
     late: set[str] = set()
     dropped: set[str] = set()
-    for group in _overlapping(tensors, [name for name in names if name not in parts]):
+    for group in _overlapping(tensors, [name for name in names if name not in parts] if parts else names):
         first, *others = _last(group, lambda name: _memory_key(tensors[name]))
         late.update(others)
         dropped.update({*group} - {first, *others})
     if dropped:
         names = [name for name in names if name not in dropped]
     writes = [Write(name, tensors[name], parts.get(name), entries[name]) for name in names if name in entries]
-    waves = [[write for write in writes if write.name not in late], *([w] for w in writes if w.name in late)]
-    return Writes(waves, [(tensors[name], values[name]) for name in names if name in values])
+    waves = [writes]
+    if late:
+        waves = [[write for write in writes if write.name not in late], *([w] for w in writes if w.name in late)]
+    return Writes(waves, [(tensors[name], values[name]) for name in names if name in values] if values else [])
 
 
 def _last(names: Sequence[str], key: Callable[[str], object]) -> list[str]:
@@ -90,8 +91,6 @@ def _last(names: Sequence[str], key: Callable[[str], object]) -> list[str]:
 def _overlapping(tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> list[list[str]]:
     """Groups of names whose memory has bytes in common, each group in the order of ``names``."""
     spans = sorted([span for at, name in enumerate(names) if (span := _span(tensors[name], at))])
-    if all(one[1] <= other[0] for one, other in itertools.pairwise(spans)):
-        return []
     groups: list[list[int]] = []
     end = 0
     for start, stop, at in spans:
@@ -100,17 +99,21 @@ def _overlapping(tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> l
         else:
             groups.append([at])
         end = max(end, stop)
+    if len(groups) == len(spans):
+        return []
     return [[names[at] for at in sorted(group)] for group in groups if len(group) > 1]
 
 
 def _span(tensor: torch.Tensor, at: int) -> tuple[int, int, int] | None:
     """Addresses of its first byte and of the end of its last one, and ``at``; None if it has no memory of its own."""
-    if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided or tensor.is_meta:
+    if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided:
         return None
-    start, num_bytes = tensor.data_ptr(), tensor.nbytes
-    if num_bytes and not tensor.is_contiguous():
-        num_bytes = layout_of(tuple(tensor.shape), tensor.stride()).extent * tensor.itemsize
-    return (start, start + num_bytes, at) if num_bytes else None
+    start = tensor.data_ptr()  # 0 on the meta device, and where nothing is
+    if not start:
+        return None
+    if tensor.is_contiguous():
+        return start, start + tensor.nbytes, at
+    return start, start + layout_of(tuple(tensor.shape), tensor.stride()).extent * tensor.itemsize, at
 
 
 def _memory_key(tensor: torch.Tensor) -> object:

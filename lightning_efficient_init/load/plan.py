@@ -108,7 +108,8 @@ def plan_part(
     with collections_paused():
         tree = StateTree.of(model, settled=True)
         names = match_keys(weights.entries, tree.tensors, key_map)
-        state = {name: weights.entries[key] for key, name in names.items()}
+        entries = weights.entries
+        state = {name: entries[key] for key, name in names.items()}
         binding = bind(model, state, rename_modules(weights.metadata, names), tree)
     if binding.unexpected:
         key_of = {name: key for key, name in names.items()}

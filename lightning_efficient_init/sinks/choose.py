@@ -13,12 +13,14 @@ from lightning_efficient_init.sharding import Part, part_of, whole_part
 from lightning_efficient_init.sinks.bitsandbytes import quantizing_sinks
 from lightning_efficient_init.sinks.chunks import ChunkSink
 from lightning_efficient_init.sinks.part import PartSink
-from lightning_efficient_init.sinks.plain import plain_sink
+from lightning_efficient_init.sinks.plain import PLAIN_TYPES, plain_sink
 from lightning_efficient_init.sinks.sink import Sink
 
 
 def sinks_for(name: str, tensor: torch.Tensor, entry: Entry, part: Part | None) -> Sequence[Sink]:
     """The sinks that fill ``tensor``, called ``name`` in the model, or this rank's ``part`` of it, from ``entry``."""
+    if part is None and type(tensor) in PLAIN_TYPES and not entry.chunks:  # as nearly all are, often very many
+        return (plain_sink(name, tensor, entry),)
     if isinstance(tensor, QuantizedParameter) and entry.dtype.is_floating_point:
         return quantizing_sinks(name, tensor, entry, is_scaled=False)
     return (_sink(name, tensor, entry, part),)
