@@ -60,6 +60,9 @@ PRECISIONS: Final = tuple(_DTYPES)
 _ALLOCATION_BYTES: Final = 512  # to a multiple of which CUDA's caching allocator rounds up
 # Beside the ring: kernels loaded at first use, 20 to 120 MB as the model wants them (an H100 machine with torch 2.11).
 _CUDA_HOST_BYTES: Final = 64 << 20
+_QUANTIZING_HOST_BYTES: Final = (
+    64 << 20
+)  # bitsandbytes' own, and those of the operations around them (the same machine)
 _ENTRY_BYTES: Final = 1800  # of an index and a plan, for each tensor
 _BUCKET_NUMEL: Final = 200_000_000  # ``reduce_bucket_size`` of Lightning's DeepSpeedStrategy
 _MAX_DEVICES: Final = 1024
@@ -444,7 +447,9 @@ def _host(plan: LoadPlan | None, asked: Question) -> int:
         return index  # bytes go straight to the parameters
     threads, slot_bytes = divide(asked.settings)
     ring = min(plan.num_bytes, threads * SLOTS_PER_THREAD * slot_bytes)
-    return index + ring + (_CUDA_HOST_BYTES if asked.device_type == "cuda" else 0)
+    if asked.device_type != "cuda":
+        return index + ring
+    return index + ring + _CUDA_HOST_BYTES + (_QUANTIZING_HOST_BYTES if asked.quantize else 0)
 
 
 def _bucket(sizes: _Sizes, asked: Question) -> int:

@@ -123,19 +123,15 @@ def _entry(tensor: StoredTensor, path: Path, file: str, locate: Callable[[Stored
     if layout.reach * dtype.itemsize > storage.num_bytes or layout.numel * dtype.itemsize > _MAX_SIZE:
         inside = f"elements inside the storage {show(storage.key)} of {storage.num_bytes} bytes"
         raise _corrupt(file, path, inside, f"{_numbers(layout)} of {dtype}")
-    start = _locate(storage, path, file, locate)
+    try:
+        start = locate(storage)
+    except StorageError as error:
+        raise _corrupt(file, path, error.expected, error.found) from None
     return Entry(file, start + layout.offset * dtype.itemsize, dtype, layout.shape, layout.stride)
 
 
 def _numbers(layout: StoredLayout) -> str:
     return f"shape {show(layout.shape)}, stride {show(layout.stride)}, offset {show(layout.offset)}"
-
-
-def _locate(storage: StoredStorage, path: Path, file: str, locate: Callable[[StoredStorage], int]) -> int:
-    try:
-        return locate(storage)
-    except StorageError as error:
-        raise _corrupt(file, path, error.expected, error.found) from None
 
 
 class StorageError(Exception):

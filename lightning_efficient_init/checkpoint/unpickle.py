@@ -383,30 +383,29 @@ class SafeUnpickler:
 
         The first one begins with the text between ``start`` and ``end``.
         """
-        data, first = self._data, start
-        while True:
-            item = (_TENSOR_ITEM.match(data, end) or _VERSION_ITEM.match(data, end)) if self._skips else None
-            value = None if item is None else self._value_of(item)
+        data, memo, stack, first = self._data, self._memo, self._stack, start
+        while self._skips:
+            value: Any = None
+            if item := _TENSOR_ITEM.match(data, end):
+                put, function, *call = item.groups()
+                if memo[_number(function)] is _tensor_v2:
+                    value = self._rebuild(call)
+            elif item := _VERSION_ITEM.match(data, end):
+                put, key, number = item.groups()
+                if type(memo[_number(key)]) is str:
+                    value = {memo[_number(key)]: _number(number)}
             if item is None or value is None:
-                return start > first
-            self._memo[_U32.unpack(item[1])[0]] = name = str(data[start:end], "utf-8", "surrogatepass")
-            self._stack += name, value
+                break
+            memo[_U32.unpack(put)[0]] = name = str(data[start:end], "utf-8", "surrogatepass")
+            stack += name, value
             self._num_items += 1
             self._skips = self._num_items < _MAX_ITEMS  # after that, each instruction counts
-            self.pos = item.end()
-            start = self.pos + 5
-            if data[self.pos : self.pos + 1] != pickle.BINUNICODE:
+            self.pos = pos = item.end()
+            if data[pos : pos + 1] != pickle.BINUNICODE:
                 return True
-            end = start + int.from_bytes(data[self.pos + 1 : start], "little")
-
-    def _value_of(self, item: re.Match[bytes]) -> Any:
-        """The tensor, or the module's version, that an item has; None if it is not what it looks like."""
-        memo = self._memo
-        if item.re is _TENSOR_ITEM:
-            _, function, *call = item.groups()
-            return self._rebuild(call) if memo[_number(function)] is _tensor_v2 else None
-        key = memo[_number(item[2])]
-        return {key: _number(item[3])} if type(key) is str else None
+            start = pos + 5
+            end = start + _U32.unpack(data[pos + 1 : start].ljust(4, b"\0"))[0]
+        return start > first
 
     def _run_call(self, pos: int) -> bool:
         """Does in one step what the instructions of `_CALL` do, which rebuild a tensor; False if there are others."""

@@ -34,6 +34,9 @@ Decided against:
 - *Threads near the device's memory* (NUMA): a thread that pins itself to a node's cores stays off all others, also when
   they are the only idle ones, and where the file's pages are is not known. Whoever starts one process for each device
   binds it from outside (``numactl``, ``taskset``); the threads inherit that, and their number follows the affinity.
+- *Many copies in one call of the driver* (``cuMemcpyBatchAsync``, CUDA 12.8). By itself it took 0.8 us for each copy
+  instead of 2.7 (an H100, driver 13.0), and was right; in loads of 20,000 and 100,000 tensors by a dozen threads the
+  device stopped with "unspecified launch failure", and why was not found.
 - *Compiled code*: the threads spend their time in ``preadv``, which releases the GIL; the device does the copies.
 """
 
@@ -49,7 +52,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from queue import SimpleQueue
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -408,9 +411,14 @@ class _CudaLane(_StagedLane):
 
     def _copy(self, slot: _Slot, start: int, read: Read) -> None:
         copy = _driver_copy() if self._is_pinned and all(segment.is_raw for segment in read.segments) else None
-        base = slot.address + start - read.offset
-        if copy is None or not copy(read.segments, base, self._stream.cuda_stream):
-            super()._copy(slot, start, read)  # if something is wrong torch says what
+        if copy is None:
+            super()._copy(slot, start, read)
+            return
+        base, stream = slot.address + start - read.offset, self._stream.cuda_stream
+        for segment in read.segments:
+            if copy(segment.address, base + segment.offset, segment.num_bytes, stream):
+                super()._copy(slot, start, read)  # torch says what is wrong
+                return
 
     def _wait_for_slot(self) -> None:
         self._events[self._turn].synchronize()
@@ -419,71 +427,19 @@ class _CudaLane(_StagedLane):
         self._events[self._turn].record(self._stream)
 
 
-class _DriverCopy:
-    """CUDA's own copies from pinned memory.
-
-    One takes a few microseconds and keeps the GIL. A copy by torch gives it away, and gets it back when a dozen threads
-    have had their turn: that is a tenth of the time of a load that quantizes, and more where tensors are small. Where
-    the driver has it (since CUDA 12.8) many are handed over in one call: 0.8 us for each instead of 2.9, on an H100.
-    """
-
-    def __init__(self) -> None:
-        driver = ctypes.PyDLL("libcuda.so.1")
-        self._one = driver.cuMemcpyHtoDAsync_v2
-        self._one.argtypes = ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p
-        self._many: Any = getattr(driver, "cuMemcpyBatchAsync", None)
-
-    def __call__(self, segments: Sequence[Segment], base: int, stream: int) -> bool:
-        """Copy segments from memory in which the start of the file would be at ``base``; False if that failed."""
-        if self._many is not None and len(segments) >= _MANY_SEGMENTS and stream:
-            return self._copy_many(segments, base, stream)
-        return not any(self._one(s.address, base + s.offset, s.num_bytes, stream) for s in segments)
-
-    def _copy_many(self, segments: Sequence[Segment], base: int, stream: int) -> bool:
-        """``cuMemcpyBatchAsync``: arrays of destinations, sources and sizes, and one attribute for all of them."""
-        dests, sources, sizes = (
-            (ctypes.c_uint64 * len(segments))(*values)
-            for values in (
-                [segment.address for segment in segments],
-                [base + segment.offset for segment in segments],
-                [segment.num_bytes for segment in segments],
-            )
-        )
-        first, failed = ctypes.c_size_t(0), ctypes.c_size_t()
-        status: int = self._many(
-            dests,
-            sources,
-            sizes,
-            ctypes.c_size_t(len(segments)),
-            ctypes.byref(_IN_STREAM_ORDER),
-            ctypes.byref(first),
-            ctypes.c_size_t(1),
-            ctypes.byref(failed),
-            ctypes.c_void_p(stream),
-        )
-        return status == 0
-
-
-class _CopyAttributes(ctypes.Structure):
-    """``CUmemcpyAttributes``: in which order sources are read, hints on where both ends are, and flags."""
-
-    _fields_ = (
-        ("source_access_order", ctypes.c_int),
-        ("hints", ctypes.c_int * 4),
-        ("flags", ctypes.c_uint),
-    )
-
-
-_IN_STREAM_ORDER: Final = _CopyAttributes(source_access_order=1)
-
-
 @cache
-def _driver_copy() -> _DriverCopy | None:
-    """None where there is no such driver."""
+def _driver_copy() -> Callable[[int, int, int, int], int] | None:
+    """CUDA's own copy from pinned memory: destination, source, bytes, stream; gives 0. None where there is none.
+
+    It takes a few microseconds and keeps the GIL. A copy by torch gives it away, and gets it back when a dozen threads
+    have had their turn: that is a tenth of the time of a load that quantizes, and more where tensors are small.
+    """
     try:
-        return _DriverCopy()
+        copy = ctypes.PyDLL("libcuda.so.1").cuMemcpyHtoDAsync_v2
     except (OSError, AttributeError):  # ROCm, for one
         return None
+    copy.argtypes = ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p
+    return copy
 
 
 def _copy(raw: torch.Tensor, segment: Segment, *, non_blocking: bool) -> None:

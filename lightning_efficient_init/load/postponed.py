@@ -39,9 +39,9 @@ _waiting: weakref.WeakKeyDictionary[Module, list[_Waiting]] = weakref.WeakKeyDic
 
 def must_wait(plan: LoadPlan) -> bool:
     """Whether the module that ``plan`` is for has yet to be sharded."""
-    tensors = (plan.binding.tensors[name] for name in _names(plan.binding))
+    tensors = map(plan.binding.tensors.__getitem__, _names(plan.binding))
     with torch._C.DisableTorchFunction():  # while construction is recorded, a deferred tensor hides where it is
-        return any(is_postponed(tensor) for tensor in tensors if tensor.is_meta)
+        return any(map(is_postponed, [tensor for tensor in tensors if tensor.is_meta]))
 
 
 def postpone(plan: LoadPlan, settings: Settings, *, mmap: bool = False) -> LoadReport:

@@ -322,6 +322,15 @@ def test_values_do_not_depend_on_how_the_archive_was_laid_out(tmp_path, make_net
     assert bits(half) == bits(make_net(1).half())
 
 
+def test_very_many_tensors_are_loaded(tmp_path, device):
+    expected = {f"{i}": torch.full((1000 + i % 7,), float(i)) for i in range(20_000)}  # hundreds to a read
+    torch.save(expected, tmp_path / "a.pth")
+    model = nn.ParameterList(torch.empty(1000 + i % 7, device=device) for i in range(20_000))
+    load_checkpoint(model, tmp_path / "a.pth", host_buffer_bytes=64 << 20)
+    found = torch.stack([parameter.amin() for parameter in model] + [parameter.amax() for parameter in model])
+    assert torch.equal(found.cpu(), torch.arange(20_000.0).repeat(2))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("is_direct", [True, False])
 def test_large_values_are_the_same_by_the_drivers_copy_and_by_torchs(is_direct, tmp_path, monkeypatch):
