@@ -120,16 +120,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(file: CheckpointFile, name: str, info: Any, data_offset: int) -> Entry:
-    """Makes an entry of what the header says of one tensor; of what is in order in a third of the time."""
+    """Makes an entry of what the header says of one tensor, without a second look where all is in order."""
     try:
         dtype, sizes, strides, num_bytes = _kind(info["dtype"], *info["shape"])
         start, end = info["data_offsets"]
     except (KeyError, TypeError, ValueError):
-        return _looked_at(file, name, info, data_offset)
+        return _checked_entry(file, name, info, data_offset)
     is_span = type(start) is type(end) is int and start >= 0 and end - start == num_bytes
     if is_span and data_offset + end <= file.num_bytes:
         return Entry(file.path, data_offset + start, dtype, sizes, strides)
-    return _looked_at(file, name, info, data_offset)
+    return _checked_entry(file, name, info, data_offset)
 
 
 @lru_cache(maxsize=4096, typed=True)  # of many tensors, most are like another one; 1, 1.0 and true differ
@@ -142,7 +142,7 @@ def _kind(dtype: Any, *shape: Any) -> tuple[torch.dtype, tuple[int, ...], tuple[
     return _DTYPES[dtype], sizes, strides, layout_of(sizes, strides).numel * _DTYPES[dtype].itemsize
 
 
-def _looked_at(file: CheckpointFile, name: str, info: Any, data_offset: int) -> Entry:
+def _checked_entry(file: CheckpointFile, name: str, info: Any, data_offset: int) -> Entry:
     """Makes an entry step by step, and says what is wrong."""
     if not isinstance(info, dict) or not info.keys() >= _KEYS:
         raise _corrupt(file, "dtype, shape and data_offsets", show(info), name)

@@ -71,6 +71,7 @@ def num_unique_bytes(entries: Iterable[Entry]) -> int:
     """Bytes of the files that the entries cover, bytes that several of them share counted once."""
     total, last_file, end = 0, "", 0
     pieces: Sequence[Entry] = [piece for entry in entries for piece in (entry.pieces if entry.chunks else (entry,))]
+    # as `Entry.extent_bytes`, without a call for each of what may be 100,000
     extents = [(e.file, e.offset, layout_of(e.shape, e.stride).extent * e.dtype.itemsize) for e in pieces]
     for file, offset, num_bytes in sorted(extents):
         if file != last_file:

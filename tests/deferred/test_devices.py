@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from lightning_efficient_init.deferred import (
     deferred_init,
@@ -165,3 +166,33 @@ def test_no_warning_is_left_out_for_good():
         layer = nn.LSTM(3, 4)
         layer(torch.ones(2, 1, 3))
     assert list(warnings.filters) == before
+
+
+class Calls(TorchFunctionMode):
+    """Notes what is called, and puts new memory on a device of its own choice."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(getattr(func, "__name__", ""))
+        kwargs = {**(kwargs or {}), "device": "meta"} if func is torch.zeros else kwargs or {}
+        return func(*args, **kwargs)
+
+
+def test_function_modes_of_others_are_asked():
+    with Calls() as calls, deferred_init(), torch.device("cpu"):
+        layer = nn.Linear(3, 2)
+        zeros = torch.zeros(2)
+    assert zeros.is_meta
+    assert {"empty", "zeros"} <= set(calls.names)
+    assert materialize(layer).weight.device == torch.device("cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", [0, "cuda"])
+def test_a_device_that_was_given_is_not_that_of_the_context(number):
+    with torch.device("cpu"), deferred_init():
+        assert torch.empty(3, device=number).device == torch.device("cuda", 0)
+        assert torch.empty(3).device == torch.device("cpu")
