@@ -60,7 +60,7 @@ PRECISIONS: Final = tuple(_DTYPES)
 _ALLOCATION_BYTES: Final = 512  # to a multiple of which CUDA's caching allocator rounds up
 # Beside the ring: kernels loaded at first use, 20 to 120 MB as the model wants them (an H100 machine with torch 2.11).
 _CUDA_HOST_BYTES: Final = 64 << 20
-_QUANTIZING_HOST_BYTES: Final = 64 << 20  # more of them, and bitsandbytes' own: 10 to 60 MB on that machine
+_QUANTIZING_HOST_BYTES: Final = 64 << 20  # more of them, and bitsandbytes' own: up to 60 MB on that machine
 _ENTRY_BYTES: Final = 1800  # of an index and a plan, for each tensor
 _BUCKET_NUMEL: Final = 200_000_000  # ``reduce_bucket_size`` of Lightning's DeepSpeedStrategy
 _MAX_DEVICES: Final = 1024

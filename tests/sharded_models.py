@@ -59,7 +59,8 @@ class TinyLM(nn.Module):
         self.head.weight = self.embed.weight
         self.shift = nn.Parameter(torch.randn(1))
         self.frozen = nn.Parameter(torch.randn(3, width).abs_(), requires_grad=False)
-        self.register_buffer("angles", torch.arange(width, dtype=torch.float32) / 8, persistent=False)
+        # rounded from doubles, alike on every device
+        self.register_buffer("angles", (torch.arange(width).double() / 7).float(), persistent=False)
         self.register_buffer("noise", torch.randn(width))
         self.metric = MeanMetric()
         self.apply(self._init_weights)

@@ -65,15 +65,8 @@ class _Mapping:
     def _visit_dict(self, node: dict[Any, Any], path: Path) -> Any:
         plain = type(node) is dict or type(node) is OrderedDict
         result = self._remember(node, type(node)() if plain else _shallow_copy(node))
-        leaf_type, seen, replace = self._leaf_type, self._seen, self._replace
         for key, value in node.items():
-            if type(value) in _ATOMS:
-                result[key] = value
-            elif isinstance(value, leaf_type) and id(value) not in seen:  # as nearly all are in a state dict
-                result[key] = new = replace(value, (*path, key))
-                seen[id(value)] = value, new
-            else:
-                result[key] = self.visit(value, (*path, key))
+            result[key] = value if type(value) in _ATOMS else self.visit(value, (*path, key))
         self._visit_attributes(node, result, path)
         return result
 

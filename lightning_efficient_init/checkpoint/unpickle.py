@@ -404,7 +404,7 @@ class SafeUnpickler:
             if data[pos : pos + 1] != pickle.BINUNICODE:
                 return True
             start = pos + 5
-            end = start + _U32.unpack(data[pos + 1 : start].ljust(4, b"\0"))[0]
+            end = start + int.from_bytes(data[pos + 1 : start], "little")
         return start > first
 
     def _run_call(self, pos: int) -> bool:

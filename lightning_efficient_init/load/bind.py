@@ -202,14 +202,9 @@ def _bind_by_name(tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any],
 
 
 def _fits_plainly(tensor: torch.Tensor, entry: Entry) -> bool:
-    """Whether tensor and entry are what nearly all are: in one piece, and of one shape."""
-    return (
-        is_unmarked(tensor)
-        and entry.shape == tensor.shape
-        and not entry.chunks
-        and tensor.layout is torch.strided
-        and tensor.is_contiguous()
-    )
+    """Whether ``entry`` is what nearly all are: in one piece, and of the tensor's shape."""
+    shape = tensor.shape if is_unmarked(tensor) else shape_of(tensor)
+    return not entry.chunks and entry.shape == shape and not _is_expanded(tensor)
 
 
 def _bind_special(

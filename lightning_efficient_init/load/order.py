@@ -77,7 +77,7 @@ def order_writes(tensors: Mapping[str, torch.Tensor], binding: Binding) -> Write
     waves = [writes]
     if late:
         waves = [[write for write in writes if write.name not in late], *([w] for w in writes if w.name in late)]
-    return Writes(waves, [(tensors[name], values[name]) for name in names if name in values] if values else [])
+    return Writes(waves, [(tensors[name], values[name]) for name in names if name in values])
 
 
 def _last(names: Sequence[str], key: Callable[[str], object]) -> list[str]:
@@ -99,8 +99,6 @@ def _overlapping(tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> l
         else:
             groups.append([at])
         end = max(end, stop)
-    if len(groups) == len(spans):
-        return []
     return [[names[at] for at in sorted(group)] for group in groups if len(group) > 1]
 
 
