@@ -122,12 +122,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _entry(file: CheckpointFile, name: str, info: Any, data_offset: int) -> Entry:
     """Makes an entry of what the header says of one tensor, without a second look where all is in order."""
     try:
-        dtype, sizes, strides, num_bytes = _kind(info["dtype"], *info["shape"])
-        start, end = info["data_offsets"]
+        shape, (start, end) = info["shape"], info["data_offsets"]
+        dtype, sizes, strides, num_bytes = _kind(info["dtype"], *shape)
     except (KeyError, TypeError, ValueError):
         return _checked_entry(file, name, info, data_offset)
-    is_span = type(start) is type(end) is int and start >= 0 and end - start == num_bytes
-    if is_span and data_offset + end <= file.num_bytes:
+    is_sound = type(shape) is list and type(start) is type(end) is int and start >= 0 and end - start == num_bytes
+    if is_sound and data_offset + end <= file.num_bytes:
         return Entry(file.path, data_offset + start, dtype, sizes, strides)
     return _checked_entry(file, name, info, data_offset)
 

@@ -70,6 +70,8 @@ def test_an_unknown_dtype_is_refused_by_tensor_and_name(tmp_path):
         ({"w": info((-2,), (0, 8))}, "'w'.*not negative"),
         ({"w": info((2.0,), (0, 8))}, "'w'.*not negative"),
         ({"w": info((True, 2), (0, 8))}, "'w'.*not negative"),
+        ({"w": {**info((), (0, 4)), "shape": ""}}, "'w'.*not negative"),
+        ({"w": {**info((), (0, 4)), "shape": {}}}, "'w'.*not negative"),
         ({"w": info((2**40, 2**40), (0, 8))}, "'w'.*expected"),
         ({"w": info((1,) * 100, (0, 4))}, "'w'"),
         ({"w": info((10**30,), (0, 8))}, "'w'"),
