@@ -27,7 +27,7 @@ from lightning_efficient_init.deferred.arguments import (
     tensors_in,
     without,
 )
-from lightning_efficient_init.deferred.dispatch import values_of
+from lightning_efficient_init.deferred.dispatch import record_empty, record_fill, values_of
 from lightning_efficient_init.deferred.parameter import check_copy, exchange, undisturbed, write_form
 from lightning_efficient_init.deferred.recipe import recipe_of
 from lightning_efficient_init.deferred.wording import refusal
@@ -50,14 +50,17 @@ class Answers(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         answer = _ANSWERS.get(func)
-        if answer is not None or (kwargs and "out" in kwargs):
-            answer = _applicable(answer, func, args, kwargs or {})
+        if answer is not None or "out" in kwargs:
+            answer = _applicable(answer, func, args, kwargs)
             if answer is not None:
-                return answer(self._recorder, func, args, kwargs or {})
-        guard, kwargs = _below(func, kwargs)
-        with guard:
-            out = func(*args, **kwargs) if kwargs else func(*args)
+                return answer(self._recorder, func, args, kwargs)
+        is_last, kwargs = _below(func, kwargs)
+        if is_last and func is torch.empty and (made := record_empty(self._recorder, args, kwargs)) is not None:
+            return made
+        with torch._C.DisableTorchFunction() if is_last else torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **kwargs)
         if isinstance(out, _MAY_HOLD_TENSORS):
             with torch._C.DisableTorchFunction():
                 self._recorder.track(out)
@@ -67,7 +70,8 @@ class Answers(TorchFunctionMode):
 def _applicable(answer: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``answer``, or that for ``out=``, if the call is about a deferred tensor."""
     with torch._C.DisableTorchFunction():
-        if answer is not None and args and (answer in _ON_REAL_TOO or is_deferred(args[0])):
+        target = args[0] if args else kwargs.get("tensor")
+        if answer is not None and target is not None and (answer in _ON_REAL_TOO or is_deferred(target)):
             return answer
         return _into if is_deferred(kwargs.get("out")) and func in _device_constructors() else None
 
@@ -75,27 +79,27 @@ def _applicable(answer: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str,
 _known_modes: set[type[TorchFunctionMode]] = {DeviceContext, Answers}  # the latter of the same recording
 
 
-def _below(func: Any, kwargs: dict[str, Any] | None) -> tuple[Any, dict[str, Any] | None]:
-    """In which context, and with which arguments, to go on with what has no answer here.
+def _below(func: Any, kwargs: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
+    """Whether what has no answer here may pass over all function modes below, and with which arguments.
 
-    Functions of `torch.nn.init` run below all function modes, so that none of them skips them. So do compiled functions
-    where all that a mode does about them is to add a device, which is done here: that saves a twentieth of the time.
+    Functions of `torch.nn.init` do, so that no mode skips them. So do compiled functions where all that a mode does
+    about them is to add a device, which is done here: that saves a twentieth of the time.
     """
     kind = type(func)
     if kind is FunctionType and func.__module__ == "torch.nn.init":
-        return torch._C.DisableTorchFunction(), kwargs
+        return True, kwargs
+    if kind not in _COMPILED:
+        return False, kwargs
     device = None
-    if kind in _COMPILED:
-        for mode in reversed(_get_current_function_mode_stack()):
-            if type(mode) not in _known_modes:
-                break
-            if device is None and type(mode) is DeviceContext:
-                device = mode.device
-        else:
-            if device is not None and func in _device_constructors() and (kwargs or {}).get("device") is None:
-                kwargs = {**(kwargs or {}), "device": device}
-            return torch._C.DisableTorchFunction(), kwargs
-    return torch._C.DisableTorchFunctionSubclass(), kwargs
+    for i in reversed(range(torch._C._len_torch_function_stack())):
+        mode = torch._C._get_function_stack_at(i)
+        if type(mode) not in _known_modes:
+            return False, kwargs
+        if device is None and type(mode) is DeviceContext:
+            device = mode.device
+    if device is not None and kwargs.get("device") is None and func in _device_constructors():
+        kwargs = {**kwargs, "device": device}
+    return True, kwargs
 
 
 def know_mode(mode: type[TorchFunctionMode]) -> None:
@@ -306,6 +310,15 @@ def _copy(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str
     return out
 
 
+def _initialize(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``init.normal_`` and ``init.uniform_`` come down to one operation, written down without the way to it."""
+    op, names = _INITIALIZERS[func]
+    with torch._C.DisableTorchFunction():
+        if not args and (filled := record_fill(recorder, op, kwargs, names)) is not None:
+            return filled
+        return func(*args, **kwargs)
+
+
 def _deepcopy(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensor, memo = args
     if id(tensor) not in memo:
@@ -338,6 +351,11 @@ _ANSWERS: dict[Any, Any] = {
     _T.copy_: _copy,
     _T.__deepcopy__: _deepcopy,
 }
+_INITIALIZERS = {
+    torch.nn.init.normal_: (torch.ops.aten.normal_.default, ("mean", "std")),
+    torch.nn.init.uniform_: (torch.ops.aten.uniform_.default, ("a", "b")),
+}
+_ANSWERS |= dict.fromkeys(_INITIALIZERS, _initialize)
 _ANSWERS |= dict.fromkeys((torch.as_tensor, torch.asarray), _as_tensor)
 _ANSWERS |= dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _looks_at_devices)
 _ANSWERS[functional.multi_head_attention_forward] = _looks_at_devices

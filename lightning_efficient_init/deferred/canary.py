@@ -8,9 +8,10 @@ tensors of a device and dtype.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
+
+from lightning_efficient_init import driver
 
 _PROBES = 4
 # Exact in bfloat16 (8 bits) and float16 (up to 65504), so a cast keeps them.
@@ -30,38 +31,41 @@ def is_unmistakable(tensor: torch.Tensor) -> bool:
 
 def write(tensors: Iterable[torch.Tensor]) -> None:
     """Put a canary into each of some dense tensors."""
-    for probes, canary in _batches(_by_kind(tensors)):
-        torch._foreach_copy_(probes, [canary] * len(probes))
+    for (device, dtype, is_full), members in _by_kind(tensors).items():
+        canary = _canary(dtype, is_full=is_full)
+        if device.type == "cuda" and driver.scatter(canary, members, [_step(t) * t.itemsize for t in members]):
+            continue
+        torch._foreach_copy_([_probe(tensor) for tensor in members], [canary.to(device)] * len(members))
 
 
 def intact(tensors: Sequence[torch.Tensor]) -> list[float]:
     """The share of each tensor's canary that is there: 1 if nobody has written."""
-    kinds = _by_kind(tensors)
     shares: dict[int, float] = {}
-    for members, (probes, canary) in zip(kinds.values(), _batches(kinds), strict=True):
-        found = torch.stack(probes).eq(canary).double().mean(dim=1).tolist()
+    for (device, dtype, is_full), members in _by_kind(tensors).items():
+        canary = _canary(dtype, is_full=is_full).to(device)
+        found = torch.stack([_probe(tensor) for tensor in members]).eq(canary).double().mean(dim=1).tolist()
         shares.update(zip(map(id, members), found, strict=True))
     return [shares[id(tensor)] for tensor in tensors]
 
 
+def _canary(dtype: torch.dtype, *, is_full: bool) -> torch.Tensor:
+    return torch.tensor(_CANARY if is_full else _CANARY[:1], dtype=dtype, device="cpu")
+
+
 def _probe(tensor: torch.Tensor) -> torch.Tensor:
     """A view of a few elements in all parts of dense memory."""
-    numel = tensor.numel()
-    if numel < _PROBES:
-        return tensor.as_strided((1,), (1,), tensor.storage_offset())
-    return tensor.as_strided((_PROBES,), ((numel - 1) // (_PROBES - 1),), tensor.storage_offset())
+    length = _PROBES if tensor.numel() >= _PROBES else 1
+    return tensor.as_strided((length,), (_step(tensor),), tensor.storage_offset())
 
 
-def _by_kind(tensors: Iterable[torch.Tensor]) -> dict[Any, list[torch.Tensor]]:
-    kinds: dict[Any, list[torch.Tensor]] = {}
+def _step(tensor: torch.Tensor) -> int:
+    """From one of these elements to the next."""
+    return max((tensor.numel() - 1) // (_PROBES - 1), 1)
+
+
+def _by_kind(tensors: Iterable[torch.Tensor]) -> dict[tuple[torch.device, torch.dtype, bool], list[torch.Tensor]]:
+    """Tensors by device, dtype, and whether they have room for all of a canary."""
+    kinds: dict[tuple[torch.device, torch.dtype, bool], list[torch.Tensor]] = {}
     for tensor in tensors:
         kinds.setdefault((tensor.device, tensor.dtype, tensor.numel() >= _PROBES), []).append(tensor)
     return kinds
-
-
-def _batches(kinds: dict[Any, list[torch.Tensor]]) -> list[tuple[list[torch.Tensor], torch.Tensor]]:
-    batches = []
-    for (device, dtype, full), tensors in kinds.items():
-        canary = torch.tensor(_CANARY if full else _CANARY[:1], dtype=dtype, device="cpu").to(device)
-        batches.append(([_probe(tensor) for tensor in tensors], canary))
-    return batches

@@ -100,8 +100,10 @@ class Dispatch(TorchDispatchMode):
         if not out.numel() or not (out.is_floating_point() or out.is_complex()):
             run = traits.func if traits.is_empty else lambda *a, **k: self._real_random(traits, a, k)
             return run(*args, **kwargs)  # type: ignore[no-any-return]
-        op = Op(traits.func, args, {**kwargs, "device": device}, device, overwrites=True)
-        self._tape.write_factory(op, out, is_random=traits.is_random)
+        if traits.is_random:
+            self._tape.write_random(Op(traits.func, args, {**kwargs, "device": device}, device, overwrites=True), out)
+        else:
+            self._tape.new_recipe(out, device)
         self._recorder.track(out)
         return out
 
@@ -179,6 +181,46 @@ class Dispatch(TorchDispatchMode):
             reason = "it exchanges the memory of a deferred tensor for a real one, or the reverse"
             raise refusal(str(traits.func), reason)
         return traits.func(*args, **kwargs)
+
+
+def record_empty(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """What `Dispatch` makes of `torch.empty`, without the way there, which is most of the time.
+
+    Returns:
+        None if that way has to be gone: somebody else would see the operation there, or it is not to be recorded.
+    """
+    if recorder.paused or not kwargs.keys() <= {"dtype", "device"} or not _is_alone():
+        return None
+    device = kwargs.get("device")  # 0 is one
+    device = indexed(torch._C._get_default_device() if device is None else device)
+    if device == META:
+        return None
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+        out = torch.empty(*args, dtype=kwargs.get("dtype"), device=META)
+        if not out.numel() or not (out.is_floating_point() or out.is_complex()):
+            return None
+        recorder.tape.new_recipe(out, device)
+        recorder.track(out)
+    return out
+
+
+def record_fill(recorder: Recorder, func: Any, kwargs: dict[str, Any], names: tuple[str, ...]) -> torch.Tensor | None:
+    """What `Dispatch` makes of ``func``, which fills ``kwargs["tensor"]`` from the numbers of these names.
+
+    Returns:
+        None in the same cases as `record_empty`.
+    """
+    args = (kwargs["tensor"], *map(kwargs.get, names))
+    recipe = _filled(args) if type(args[0]) in (torch.Tensor, torch.nn.Parameter) and _is_alone() else None
+    if recipe is None:
+        return None
+    with torch._C._DisableTorchDispatch():
+        return recorder.tape.write_fill(traits_of(func), args, {"generator": kwargs.get("generator")}, recipe)
+
+
+def _is_alone() -> bool:
+    """Whether no other dispatch mode than ours is active."""
+    return torch._C._len_torch_dispatch_stack() == 1
 
 
 def values_of(value: Any) -> Any:

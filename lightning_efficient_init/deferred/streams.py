@@ -106,12 +106,12 @@ class Places:
     def place(self, generator: torch.Generator, state: torch.Tensor | None = None) -> Draw:
         """Where ``generator`` stands, which is at ``state``."""
         state = generator.get_state() if state is None else state
-        known = self._current.get(generator)
-        if known is not None and known[0] == _bytes(state):
-            return known[1]
         token = _read_token(state) if generator.device.type == "cpu" else None
         if token is not None and token in self._tokens:
             return self._tokens[token]
+        known = self._current.get(generator)
+        if known is not None and known[0] == _bytes(state):
+            return known[1]
         return Draw(self._begin(generator, state), 0)
 
     def _begin(self, generator: torch.Generator, state: torch.Tensor) -> Stream:
@@ -138,7 +138,7 @@ class Places:
         if generator.device.type == "cpu":
             self._hold(Draw(stream, index + 1), generator, state)
         else:
-            self._move(op, Draw(stream, index + 1), generator)
+            self._move(op, Draw(stream, index + 1), generator, state)
 
     def run(self, op: Op, generator: torch.Generator, call: Callable[[], Any]) -> Any:
         """Run ``op`` for real, by ``call``, with the numbers that are its due."""
@@ -190,12 +190,11 @@ class Places:
         ctypes.memmove(state.data_ptr() + _TOKEN_START, token, _TOKEN.size)  # a fifth of a tensor operation's time
         generator.set_state(state)
         self._tokens[self._count] = draw
-        self._current[generator] = (_bytes(state), draw)
 
-    def _move(self, op: Op, after: Draw, generator: torch.Generator) -> None:
-        """Advance a counter-based generator for real: its state costs nothing."""
+    def _move(self, op: Op, after: Draw, generator: torch.Generator, state: torch.Tensor) -> None:
+        """Advance a counter-based generator, which is at ``state``, for real: its state costs nothing."""
         stream = after.stream
-        stream.states.setdefault(after.index - 1, generator.get_state())
+        stream.states.setdefault(after.index - 1, state)
         increment = _increment(op, generator)
         if increment is None:
             generator.set_state(state_at(after))

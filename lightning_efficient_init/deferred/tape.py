@@ -75,14 +75,13 @@ class Tape:
         recipe.is_loaded &= not op.overwrites
         recipe.stale = recipe.real is not None
 
-    def write_factory(self, op: Op, out: torch.Tensor, *, is_random: bool) -> None:
-        """A new deferred tensor."""
+    def write_random(self, op: Op, out: torch.Tensor) -> None:
+        """A new deferred tensor with random values."""
         recipe = self.new_recipe(out, op.device)
         _fix_dtype(op, out)
-        if is_random:
-            op.outs, op.writes = (Ref.to(out, recipe),), (recipe,)
-            self.draw(op)
-            recipe.ops.append(op)
+        op.outs, op.writes = (Ref.to(out, recipe),), (recipe,)
+        self.draw(op)
+        recipe.ops.append(op)
 
     def write_deferred(
         self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any], written: list[torch.Tensor], out: Any

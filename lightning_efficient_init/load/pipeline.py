@@ -50,7 +50,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from queue import SimpleQueue
 from typing import Any
 
@@ -58,6 +57,7 @@ import torch
 
 from lightning_efficient_init.checkpoint.file import CheckpointFile
 from lightning_efficient_init.cores import available_cores
+from lightning_efficient_init.driver import copy_to_device
 from lightning_efficient_init.load.extents import PAGE_BYTES, Read, plan_reads
 from lightning_efficient_init.sinks import Segment
 
@@ -410,7 +410,7 @@ class _CudaLane(_StagedLane):
             torch.cuda.cudart().cudaHostUnregister(self._whole.data_ptr())
 
     def _copy(self, slot: _Slot, start: int, read: Read) -> None:
-        copy = _driver_copy() if self._is_pinned and all(segment.is_raw for segment in read.segments) else None
+        copy = copy_to_device() if self._is_pinned and all(segment.is_raw for segment in read.segments) else None
         if copy is None:
             super()._copy(slot, start, read)
             return
@@ -425,21 +425,6 @@ class _CudaLane(_StagedLane):
 
     def _release_slot(self) -> None:
         self._events[self._turn].record(self._stream)
-
-
-@cache
-def _driver_copy() -> Callable[[int, int, int, int], int] | None:
-    """CUDA's own copy from pinned memory: destination, source, bytes, stream; gives 0. None where there is none.
-
-    It takes a few microseconds and keeps the GIL. A copy by torch gives it away, and gets it back when a dozen threads
-    have had their turn: that is a tenth of the time of a load that quantizes, and more where tensors are small.
-    """
-    try:
-        copy = ctypes.PyDLL("libcuda.so.1").cuMemcpyHtoDAsync_v2
-    except (OSError, AttributeError):  # ROCm, for one
-        return None
-    copy.argtypes = ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p
-    return copy
 
 
 def _copy(raw: torch.Tensor, segment: Segment, *, non_blocking: bool) -> None:

@@ -226,13 +226,13 @@ def test_memory_that_moved_or_was_cast_is_still_recognized(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(), (1,), (2,), (3, 1), (4,), (5,), (7, 11), (3, 4, 5)])
-def test_every_dtype_and_shape_holds_the_canary(dtype, shape):
+def test_every_dtype_and_shape_holds_the_canary(dtype, shape, device):
     torch.manual_seed(0)
-    expected = torch.randn(shape, dtype=dtype)
+    expected = torch.randn(shape, dtype=dtype, device=device)
     torch.manual_seed(0)
     with empty_init():
         holder = nn.Module()
-        holder.weight = nn.Parameter(torch.randn(shape, dtype=dtype))
+        holder.weight = nn.Parameter(torch.randn(shape, dtype=dtype, device=device))
     assert uninitialized_parameters(holder) == ["weight"]
     initialize(holder)
     assert torch.equal(holder.weight, expected)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_efficient_init.deferred import (
     deferred_init,
@@ -19,6 +20,8 @@ from lightning_efficient_init.deferred import (
     materialize,
     uninitialized_parameters,
 )
+
+aten = torch.ops.aten
 
 
 def holder(**values):
@@ -188,6 +191,26 @@ def test_function_modes_of_others_are_asked():
     assert zeros.is_meta
     assert {"empty", "zeros"} <= set(calls.names)
     assert materialize(layer).weight.device == torch.device("cpu")
+
+
+class Operations(TorchDispatchMode):
+    """Notes which operators are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.found.add(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_dispatch_modes_of_others_see_every_operation():
+    with deferred_init(), Operations() as operations:
+        weight = nn.init.normal_(nn.Parameter(torch.empty(20)))
+        nn.init.uniform_(weight)
+    assert {aten.empty.memory_format, aten.normal_.default, aten.uniform_.default} <= operations.found
+    assert is_deferred(weight)
 
 
 @pytest.mark.gpu

@@ -218,8 +218,10 @@ def test_generators_seeded_forked_and_given_inside_are_followed(device, same_as_
         generator = torch.Generator(device).manual_seed(4)
         sixth = nn.Parameter(torch.empty(40, device=device).normal_(generator=generator))
         seventh = nn.Parameter(torch.randn(30, generator=generator, device=device))
+        eighth = nn.Parameter(torch.empty(40, device=device))
+        nn.init.uniform_(nn.init.normal_(eighth, generator=generator), -3, 3, generator=generator)
         layers = nn.ModuleList([first, second, third, fourth, fifth])
-        layers.sixth, layers.seventh = sixth, seventh
+        layers.sixth, layers.seventh, layers.eighth = sixth, seventh, eighth
         layers.drawn = torch.rand(2, generator=generator, device=device)
         return layers
 

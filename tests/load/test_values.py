@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from lightning_efficient_init import load_checkpoint
+from lightning_efficient_init import driver, load_checkpoint
 from lightning_efficient_init.errors import StateDictMismatchError, UnsupportedCheckpointError
 from lightning_efficient_init.load import pipeline
 
@@ -334,9 +334,9 @@ def test_very_many_tensors_are_loaded(tmp_path, device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("is_direct", [True, False])
 def test_large_values_are_the_same_by_the_drivers_copy_and_by_torchs(is_direct, tmp_path, monkeypatch):
-    assert (pipeline._driver_copy() is None) == (torch.version.hip is not None)
+    assert (driver.copy_to_device() is None) == (torch.version.hip is not None)
     if not is_direct:
-        monkeypatch.setattr(pipeline, "_driver_copy", lambda: None)
+        monkeypatch.setattr(pipeline, "copy_to_device", lambda: None)
     layers = [nn.Linear(3001, 1999), nn.Linear(3001, 1999, dtype=torch.bfloat16)]  # of several reads, cut anywhere
     expected = {f"{i}.{name}": value for i, layer in enumerate(layers) for name, value in layer.state_dict().items()}
     torch.save(expected, tmp_path / "a.pth")
