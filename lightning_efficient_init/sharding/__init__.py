@@ -16,6 +16,7 @@ from lightning_efficient_init.sharding.dtensor import (
 )
 from lightning_efficient_init.sharding.fsdp import (
     FLAT_NAME,
+    MARK,
     is_flat,
     is_flattened,
     mark_parts,
@@ -26,6 +27,7 @@ from lightning_efficient_init.sharding.fsdp import (
 from lightning_efficient_init.sharding.fully_shard import offloaded, settle
 from lightning_efficient_init.sharding.part import Block, Part, Rows, Stretch
 from lightning_efficient_init.sharding.zero3 import (
+    PARTITION,
     is_engine,
     is_partitioned,
     partition,
@@ -65,9 +67,12 @@ __all__ = [
 ]
 
 
+_MARKS = frozenset({MARK, PARTITION})
+
+
 def is_unmarked(tensor: Any) -> bool:
     """Whether ``tensor`` is an ordinary one that no engine has put a mark on: as nearly all are, often very many."""
-    return type(tensor) in ORDINARY and not tensor.__dict__
+    return type(tensor) in ORDINARY and _MARKS.isdisjoint(tensor.__dict__)
 
 
 def part_of(tensor: Any) -> Part | None:

@@ -21,7 +21,7 @@ from torch.nn import Module
 from lightning_efficient_init.sharding.part import Stretch
 
 FLAT_NAME = "_flat_param"
-_MARK = "_efficient_init_flat"
+MARK = "_efficient_init_flat"
 
 _stand_ins: weakref.WeakKeyDictionary[Module, dict[str, torch.Tensor]] = weakref.WeakKeyDictionary()
 
@@ -54,7 +54,7 @@ def mark_parts(module: Module) -> None:
                 known = _stand_ins.setdefault(owner, {})
                 made = stands.setdefault(index, known.get(name, torch.empty(0, dtype=flat.dtype, device=flat.device)))
                 param = known[name] = made
-            param.__dict__[_MARK] = _Place(weakref.ref(handle), index, copies)
+            param.__dict__[MARK] = _Place(weakref.ref(handle), index, copies)
 
 
 def stand_ins(module: Module) -> dict[str, torch.Tensor]:
@@ -69,18 +69,18 @@ def is_flat(tensor: torch.Tensor) -> bool:
 
 def is_flattened(tensor: torch.Tensor) -> bool:
     """Whether `mark_parts` has seen ``tensor``."""
-    return tensor.__dict__.get(_MARK) is not None
+    return tensor.__dict__.get(MARK) is not None
 
 
 def repeated_flat(tensor: torch.Tensor) -> distributed.ProcessGroup | None:
     """The ranks with the same part of a parameter that FSDP has flattened, if it shards in the hybrid way."""
-    place: _Place = tensor.__dict__[_MARK]
+    place: _Place = tensor.__dict__[MARK]
     return place.copies
 
 
 def stretch_of(tensor: torch.Tensor) -> Stretch:
     """What this rank holds of a parameter that FSDP has flattened."""
-    place: _Place = tensor.__dict__[_MARK]
+    place: _Place = tensor.__dict__[MARK]
     handle = place.handle()
     assert handle is not None, "the model that FSDP wrapped is gone"
     flat = handle.flat_param

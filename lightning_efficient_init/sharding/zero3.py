@@ -16,12 +16,13 @@ import torch
 
 from lightning_efficient_init.sharding.part import Stretch
 
+PARTITION = "ds_tensor"  # of a parameter, while it is divided
 _COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_partitioned(tensor: Any) -> bool:
     """Whether ZeRO-3 has divided ``tensor`` among the ranks."""
-    return getattr(tensor, "ds_tensor", None) is not None
+    return getattr(tensor, PARTITION, None) is not None
 
 
 def is_engine(module: Any) -> bool:
