@@ -23,6 +23,8 @@ What it costs, and where exactness ends
     holds, once for each kind of operation.
     `_VF.lstm`, attention, dropout and norms choose kernels by device before any operation: where a deferred tensor is
     not for the CPU they run on its values, and a parameter made of the result is real from the start.
+    The garbage collector waits until the recording ends: it took a fifth of the time, and a full pass over all imported
+    libraries, a quarter of a second, may fall into any recording. What is deferred has no memory that it could free.
     A NumPy array given to ``torch.from_numpy`` is copied up to 1 MiB, so writing to the array later is not seen.
     Values from outside (a checkpoint) in a parameter make it *loaded*: `empty_init` gives it memory and values.
     A sharded version of an *empty* parameter takes its recipe along only if a strategy of this package made it. A deep
@@ -57,6 +59,7 @@ from lightning_efficient_init.deferred.recipe import Recipe, Ref, attach, recipe
 from lightning_efficient_init.deferred.replay import evaluate
 from lightning_efficient_init.deferred.streams import places
 from lightning_efficient_init.deferred.tape import Tape
+from lightning_efficient_init.garbage import collections_paused
 
 _T = TypeVar("_T")
 
@@ -197,7 +200,7 @@ class Recorder:
         """See all that happens in this thread."""
         set_current(self)
         try:
-            with Dispatch(self), Answers(self):
+            with collections_paused(), Dispatch(self), Answers(self):
                 yield
         finally:
             set_current(None)

@@ -408,6 +408,16 @@ def test_genuine_meta_tensors_stay_what_they_are():
         materialize(layer)
 
 
+def test_the_garbage_collector_waits_until_the_recording_ends():
+    assert gc.isenabled()
+    with deferred_init():
+        assert not gc.isenabled()
+        with deferred_init():
+            pass
+        assert not gc.isenabled()
+    assert gc.isenabled()
+
+
 def test_recipes_die_with_their_parameters():
     with deferred_init():
         model = nn.Linear(3, 4)
