@@ -97,7 +97,7 @@ class Dispatch(TorchDispatchMode):
         if generator is not None and indexed(generator.device) != device:
             return traits.func(*args, **kwargs)  # type: ignore[no-any-return]  # raises, as in eager construction
         out = _shape_of(traits, args, kwargs)
-        if not out.numel() or not (out.is_floating_point() or out.is_complex()):
+        if not _may_wait(out):
             run = traits.func if traits.is_empty else lambda *a, **k: self._real_random(traits, a, k)
             return run(*args, **kwargs)  # type: ignore[no-any-return]
         if traits.is_random:
@@ -193,11 +193,11 @@ def record_empty(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, An
         return None
     device = kwargs.get("device")  # 0 is one
     device = indexed(torch._C._get_default_device() if device is None else device)
-    if device == META:
+    if device.type == "meta":
         return None
     with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
         out = torch.empty(*args, dtype=kwargs.get("dtype"), device=META)
-        if not out.numel() or not (out.is_floating_point() or out.is_complex()):
+        if not _may_wait(out):
             return None
         recorder.tape.new_recipe(out, device)
         recorder.track(out)
@@ -216,6 +216,11 @@ def record_fill(recorder: Recorder, func: Any, kwargs: dict[str, Any], names: tu
         return None
     with torch._C._DisableTorchDispatch():
         return recorder.tape.write_fill(traits_of(func), args, {"generator": kwargs.get("generator")}, recipe)
+
+
+def _may_wait(out: torch.Tensor) -> bool:
+    """Whether what a factory makes can be deferred: parameters are of floating-point or complex numbers."""
+    return out.numel() > 0 and (out.is_floating_point() or out.is_complex())
 
 
 def _is_alone() -> bool:

@@ -120,10 +120,11 @@ def empty_init() -> Iterator[None]:
     exception leaves everything deferred; inside another recording the outer one decides.
     """
     nested = current() is not None
-    with recording() as recorder:
-        yield
-    if not nested:
-        recorder.allocate()
+    with collections_paused():  # not to go through what was recorded twice
+        with recording() as recorder:
+            yield
+        if not nested:
+            recorder.allocate()
 
 
 @contextmanager
@@ -149,10 +150,11 @@ def layerwise_init() -> Iterator[None]:
     (quantized, say) exists as a plain tensor only while it is its turn.
     """
     nested = current() is not None
-    with recording() as recorder:
-        yield
-    if not nested:
-        recorder.materialize()
+    with collections_paused():  # not to go through what was recorded twice
+        with recording() as recorder:
+            yield
+        if not nested:
+            recorder.materialize()
 
 
 @contextmanager

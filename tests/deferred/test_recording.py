@@ -401,8 +401,10 @@ def test_genuine_meta_tensors_stay_what_they_are():
         layer = nn.Linear(2, 3, device="meta")
         with torch.device("meta"):
             other = nn.Linear(2, 3)
+        numbered = nn.Linear(2, 3, device="meta:0")
     assert not is_deferred(layer)
     assert not is_deferred(other)
+    assert not is_deferred(numbered)
     assert layer.weight.is_meta
     with pytest.raises(DeferredParameterError, match="without a recipe"):
         materialize(layer)
