@@ -81,7 +81,7 @@ class StoredTensor:
 
 
 def resolve_tensors(tree: Any, file: str, locate: Callable[[StoredStorage], int]) -> Any:
-    """Replaces every `StoredTensor` of a tree by its `Entry`.
+    """Replaces every `StoredTensor` of a tree by its `Entry`; those that are entries already stay.
 
     Args:
         tree: The unpickled object.
@@ -120,7 +120,7 @@ def _entry(tensor: StoredTensor, path: Path, file: str, locate: Callable[[Stored
         raise _corrupt(file, path, "an element type", show(dtype))
     if layout.reach is None:
         raise _corrupt(file, path, "sizes, strides and an offset that are not negative", _numbers(layout))
-    if layout.reach * dtype.itemsize > storage.num_bytes or layout.numel * dtype.itemsize > _MAX_SIZE:
+    if not is_inside(layout, dtype, storage.num_bytes):
         inside = f"elements inside the storage {show(storage.key)} of {storage.num_bytes} bytes"
         raise _corrupt(file, path, inside, f"{_numbers(layout)} of {dtype}")
     try:
@@ -128,6 +128,12 @@ def _entry(tensor: StoredTensor, path: Path, file: str, locate: Callable[[Stored
     except StorageError as error:
         raise _corrupt(file, path, error.expected, error.found) from None
     return Entry(file, start + layout.offset * dtype.itemsize, dtype, layout.shape, layout.stride)
+
+
+def is_inside(layout: StoredLayout, dtype: torch.dtype, num_bytes: int) -> bool:
+    """Whether the elements are sizes at all, and all of them in a storage of ``num_bytes``."""
+    reach, itemsize = layout.reach, dtype.itemsize
+    return reach is not None and reach * itemsize <= num_bytes and layout.numel * itemsize <= _MAX_SIZE
 
 
 def _numbers(layout: StoredLayout) -> str:

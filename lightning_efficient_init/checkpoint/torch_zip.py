@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+import torch
+
+from lightning_efficient_init.checkpoint.entry import Entry
 from lightning_efficient_init.checkpoint.file import CheckpointFile
 from lightning_efficient_init.checkpoint.format import CheckpointTree
-from lightning_efficient_init.checkpoint.tensors import StorageError, StoredStorage, resolve_tensors
+from lightning_efficient_init.checkpoint.tensors import (
+    StorageError,
+    StoredLayout,
+    StoredStorage,
+    is_inside,
+    resolve_tensors,
+)
 from lightning_efficient_init.checkpoint.trusted import unpickle_trusted
 from lightning_efficient_init.checkpoint.unpickle import (
     MAX_PICKLE_BYTES,
@@ -61,11 +70,13 @@ class _Archive:
         self._zip = ZipArchive(file)
         self._root = self._find_root()
         self._data_root = self._root + b"/data/"
-        self._offsets: dict[Any, int] = {}
+        self._offsets: dict[tuple[Any, int], int] = {}  # of storages by key and size
         self._check_byte_order()
 
     def unpickle(self, stand_ins: Mapping[str, Any]) -> Any:
-        unpickler = SafeUnpickler(self._read_pickle(), 0, stored_storage, self._file.path, stand_ins)
+        unpickler = SafeUnpickler(
+            self._read_pickle(), 0, stored_storage, self._file.path, stand_ins, entry_of=self._entry_of
+        )
         try:
             return unpickler.load()
         except TruncatedPickleError:
@@ -79,12 +90,20 @@ class _Archive:
     def resolve(self, tree: Any) -> Any:
         return resolve_tensors(tree, self._file.path, self._locate)
 
+    def _entry_of(self, key: bytes, dtype: torch.dtype, num_bytes: int, layout: StoredLayout) -> Entry | None:
+        """Makes the entry of a tensor at once; None if something is wrong, which is said once its name is known."""
+        member = self._zip.members.get(self._data_root + key)
+        if member is None or member.num_bytes != num_bytes or not is_inside(layout, dtype, num_bytes):
+            return None
+        start = self._start + self._zip.data_offset(member)
+        return Entry(self._file.path, start + layout.offset * dtype.itemsize, dtype, layout.shape, layout.stride)
+
     def _locate(self, storage: StoredStorage) -> int:
         """Gives the position of a storage in the file, once its size has been compared with the pickle's."""
-        offset = self._offsets.get(storage.key)
-        if offset is None:
-            offset = self._offsets[storage.key] = self._find(storage)
-        return offset
+        found = self._offsets.get((storage.key, storage.num_bytes))
+        if found is None:
+            found = self._offsets[storage.key, storage.num_bytes] = self._find(storage)
+        return found
 
     def _find(self, storage: StoredStorage) -> int:
         key = storage.key.decode("latin1") if isinstance(storage.key, bytes) else str(storage.key)

@@ -14,9 +14,13 @@ from typing import Any, Final
 
 import torch
 
+from lightning_efficient_init.checkpoint.entry import Entry
+
 Path = tuple[Any, ...]
 
-_ATOMS: Final = frozenset({str, int, float, bool, type(None), bytes, complex, torch.dtype, torch.device, torch.Size})
+_ATOMS: Final[frozenset[type]] = frozenset(
+    {str, int, float, bool, type(None), bytes, complex, torch.dtype, torch.device, torch.Size, Entry}
+)
 _BARE: Final = frozenset({dict, list})  # which have no attributes
 _OPAQUE: Final = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
 
@@ -42,10 +46,11 @@ class _Mapping:
     def __init__(self, leaf_type: type[Any] | tuple[type[Any], ...], replace: Callable[[Any, Path], Any]) -> None:
         self._leaf_type = leaf_type
         self._replace = replace
+        self._atoms = _ATOMS.difference(leaf_type if isinstance(leaf_type, tuple) else (leaf_type,))
         self._seen: dict[int, tuple[Any, Any]] = {}  # id -> (the object, kept alive; what replaces it)
 
     def visit(self, node: Any, path: Path) -> Any:
-        if type(node) in _ATOMS:
+        if type(node) in self._atoms:
             return node
         seen = self._seen.get(id(node))
         if seen is not None:
@@ -66,7 +71,7 @@ class _Mapping:
         plain = type(node) is dict or type(node) is OrderedDict
         result = self._remember(node, type(node)() if plain else _shallow_copy(node))
         for key, value in node.items():
-            result[key] = value if type(value) in _ATOMS else self.visit(value, (*path, key))
+            result[key] = value if type(value) in self._atoms else self.visit(value, (*path, key))
         self._visit_attributes(node, result, path)
         return result
 
@@ -102,7 +107,7 @@ class _Mapping:
             if isinstance(current, self._leaf_type):
                 return True
             for child in _children(current):
-                if type(child) not in _ATOMS and id(child) not in known:
+                if type(child) not in self._atoms and id(child) not in known:
                     known.add(id(child))
                     waiting.append(child)
         return False

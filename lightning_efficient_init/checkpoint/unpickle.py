@@ -5,7 +5,8 @@ importable object by name, and REDUCE calls what is on the stack. torch answers 
 Python (``torch/_weights_only_unpickler.py``), which fetches and calls only what a table allows. This one follows
 the same rules and goes one step further: **it never makes a tensor**. Where the table says
 ``_rebuild_tensor_v2``, a stand-in of three lines notes storage, offset, shape and stride in a `StoredTensor`;
-`tensors.py` checks these numbers when the whole tree is known, and can then say which tensor is wrong.
+`tensors.py` checks these numbers when the whole tree is known, and can then say which tensor is wrong. Where the
+reader of the file can already check them, it gives the `Entry` at once (``entry_of``), and nothing is left to note.
 
 What follows from it:
 
@@ -41,6 +42,7 @@ from typing import Any, Final
 
 import torch
 
+from lightning_efficient_init.checkpoint.entry import Entry
 from lightning_efficient_init.checkpoint.tensors import StoredLayout, StoredStorage, StoredTensor
 from lightning_efficient_init.checkpoint.wording import DOWNLOAD_AGAIN, explain, listing, shorten, show
 from lightning_efficient_init.errors import (
@@ -54,6 +56,7 @@ MAX_PICKLE_BYTES: Final = 1 << 29
 _MAX_INSTRUCTIONS: Final = 1 << 25  # a tensor takes about 30
 _MAX_ITEMS: Final = 1 << 23  # done in one step each
 _MAX_KEY_PARTS: Final = 64
+_TENSORS: Final = (StoredTensor, Entry)
 _BLOCKED_MODULES: Final = frozenset({"sys", "os", "posix", "nt"})
 
 
@@ -123,8 +126,8 @@ def _tensor_v3(
     return StoredTensor(storage, StoredLayout(offset, shape, stride, dtype), _refusal_of(metadata))
 
 
-def _parameter(data: Any, *_: Any) -> StoredTensor:
-    if not isinstance(data, StoredTensor):
+def _parameter(data: Any, *_: Any) -> StoredTensor | Entry:
+    if not isinstance(data, _TENSORS):
         raise TypeError("a parameter without a tensor")
     return data
 
@@ -274,10 +277,12 @@ class SafeUnpickler:
         persistent_load: Callable[[Any], Any],
         file: str,
         stand_ins: Mapping[str, Any] = MappingProxyType({}),
+        entry_of: Callable[[bytes, torch.dtype, int, StoredLayout], Entry | None] | None = None,
     ) -> None:
         self._data = data
         self._file = file
         self._persistent_load = persistent_load
+        self._entry_of = entry_of  # from a storage's key and stated bytes, where that can be told by now
         self._allowed = {**_allowed_by_user(), **stand_ins}
         self._allowed_ids = {id(value) for value in self._allowed.values()}
         self._start(pos, skips=True)
@@ -315,7 +320,7 @@ class SafeUnpickler:
     def _run_all(self, start: int) -> Any:
         try:
             return self._run()
-        except KeyError:  # perhaps of something that `_run_call` left out
+        except KeyError:  # perhaps of something that `_rebuild` left out
             self._start(start, skips=False)
             return self._run()
 
@@ -378,58 +383,86 @@ class SafeUnpickler:
             )
         )
 
-    def _run_items(self, start: int, end: int) -> bool:
-        """Does, each in one step, what puts items of a dict on the stack; False if something else is there.
+    def _run_items(self, start: int) -> bool:
+        """Does, each in one step, what puts items of a dict on the stack; False if something else is there."""
+        self.pos = start
+        self._run_tensors()
+        self._run_versions()
+        return self.pos > start
 
-        The first one begins with the text between ``start`` and ``end``.
-        """
-        data, memo, stack, first = self._data, self._memo, self._stack, start
-        while self._skips:
-            value: Any = None
-            if item := _TENSOR_ITEM.match(data, end):
-                put, function, *call = item.groups()
-                if memo[_number(function)] is _tensor_v2:
-                    value = self._rebuild(call)
-            elif item := _VERSION_ITEM.match(data, end):
-                put, key, number = item.groups()
-                if type(memo[_number(key)]) is str:
-                    value = {memo[_number(key)]: _number(number)}
-            if item is None or value is None:
+    def _run_tensors(self) -> None:
+        """Does all items that follow whose values are tensors."""
+        data, memo, push, fetched = self._data, self._memo, self._stack.append, _Fetched(self._memo)
+        size = len(memo)
+        while self._skips and (item := _TENSOR_ITEM.match(data, self.pos)):
+            length, name, put, function, *call = item.groups()
+            if length[0] != len(name) or fetched[function] is not _tensor_v2:
                 break
-            memo[_U32.unpack(put)[0]] = name = str(data[start:end], "utf-8", "surrogatepass")
-            stack += name, value
-            self._num_items += 1
-            self._skips = self._num_items < _MAX_ITEMS  # after that, each instruction counts
-            self.pos = pos = item.end()
-            if data[pos : pos + 1] != pickle.BINUNICODE:
-                return True
-            start = pos + 5
-            end = start + int.from_bytes(data[pos + 1 : start], "little")
-        return start > first
+            tensor = self._rebuild(call, fetched)
+            if tensor is None:
+                break
+            memo[_U32.unpack(put)[0]] = key = str(name, "utf-8", "surrogatepass")
+            push(key)
+            push(tensor)
+            size += 3
+            self._pass_item(item.end(), size)
+
+    def _run_versions(self) -> None:
+        """Does all items that follow whose values are ``{"version": number}``."""
+        data, memo, push = self._data, self._memo, self._stack.append
+        size = len(memo)
+        while self._skips and (item := _VERSION_ITEM.match(data, self.pos)):
+            length, name, put, word, number = item.groups()
+            version = memo[_number(word)]
+            if length[0] != len(name) or type(version) is not str:
+                break
+            memo[_U32.unpack(put)[0]] = key = str(name, "utf-8", "surrogatepass")
+            push(key)
+            push({version: _number(number)})
+            size += 1
+            self._pass_item(item.end(), size)
+
+    def _pass_item(self, end: int, memo_size: int) -> None:
+        """Goes on after an item, which must have put into the memo what it has put there, and not replaced any."""
+        if len(self._memo) != memo_size:
+            raise KeyError("put twice")
+        self.pos = end
+        self._num_items += 1
+        self._skips = self._num_items < _MAX_ITEMS  # after that, each instruction counts
 
     def _run_call(self, pos: int) -> bool:
         """Does in one step what the instructions of `_CALL` do, which rebuild a tensor; False if there are others."""
         call = _CALL.match(self._data, pos) if self._skips else None
-        if call is None or (tensor := self._rebuild(call.groups())) is None:
+        size = len(self._memo)
+        if call is None or (tensor := self._rebuild(call.groups(), _Fetched(self._memo))) is None:
             return False
         self._stack[-1] = tensor
-        self.pos = call.end()
+        self._pass_item(call.end(), size + 2)
         return True
 
-    def _rebuild(self, call: Sequence[Any]) -> StoredTensor | None:
+    def _rebuild(self, call: Sequence[Any], fetched: _Fetched) -> StoredTensor | Entry | None:
         """Rebuilds a tensor from what varies in `_CALL`; None if its instructions are not what they look like.
 
         In one step it takes a third of the time. Of the seven values that go to the memo two can be asked for again in
         a pickle that torch wrote: the storage's key and the tensor. The others, which are new objects each time, are
-        left out; if one is asked for nevertheless, `load` starts again without this.
+        left out; if one is asked for nevertheless, or one replaces another, `load` starts again without this.
+
+        Args:
+            call: What varies.
+            fetched: What has been got from the memo, in which nothing was replaced since.
         """
-        kind, storage, num_key, key, key_put, numel, offset, shape, stride, hooks, tensor_put = call
-        memo, layout, name = self._memo, _layout_of(offset, shape, stride), key.decode()
-        if num_key[0] != len(key) or layout is None or memo[_number(hooks)] is not _ordered_dict:
+        storage, num_key, key, key_put, numel, offset, shape, stride, hooks, tensor_put = call
+        kind, layout = fetched[storage], _layout_of(offset, shape, stride)
+        if kind is None or num_key[0] != len(key) or layout is None or fetched[hooks] is not _ordered_dict:
             return None
-        source = self._persistent_load((memo[_number(kind)], memo[_number(storage)], name, None, _number(numel)))
-        memo[_U32.unpack(key_put)[0]] = name
-        memo[_U32.unpack(tensor_put)[0]] = tensor = StoredTensor(source, layout)
+        dtype, size, name = kind.dtype, _number(numel), key.decode()
+        tensor: StoredTensor | Entry | None = None
+        if self._entry_of is not None:
+            tensor = self._entry_of(key, dtype, size * dtype.itemsize, layout)
+        if tensor is None:
+            tensor = StoredTensor(self._persistent_load(("storage", kind, name, None, size)), layout)
+        self._memo[_U32.unpack(key_put)[0]] = name
+        self._memo[_U32.unpack(tensor_put)[0]] = tensor
         return tensor
 
     def _take(self, num_bytes: int) -> bytes:
@@ -455,9 +488,10 @@ class SafeUnpickler:
     # --- Values
 
     def _push_text(self) -> None:
-        num_bytes = _U32.unpack(self._take(4))[0]
-        if not self._run_items(self.pos, self.pos + num_bytes):
-            self._push_sized_text(num_bytes)
+        start = self.pos
+        if not self._run_items(start - 1):
+            self.pos = start
+            self._push_sized_text(_U32.unpack(self._take(4))[0])
 
     def _push_short_text(self) -> None:
         self._push_sized_text(self._take(1)[0])
@@ -618,7 +652,7 @@ class SafeUnpickler:
             _set_attributes(target, state)
         elif self._is_allowed(type(target)):
             _restore(target, state)
-        elif not isinstance(target, StoredTensor):  # attributes of tensors stay behind
+        elif not isinstance(target, _TENSORS):  # attributes of tensors stay behind
             raise TypeError(f"attributes for {_type_name(target)}")
 
     def _persistent(self) -> None:
@@ -644,7 +678,7 @@ def _checked_key(key: Any, parts: int = _MAX_KEY_PARTS) -> Any:
     elif kind is int:
         if key.bit_length() > 64:
             raise TypeError("an integer of more than 64 bits as dictionary key")
-    elif kind in (list, dict, OrderedDict, set, StoredTensor, StoredStorage):
+    elif kind in (list, dict, OrderedDict, set, *_TENSORS, StoredStorage):
         raise TypeError(f"a dictionary key of type {kind.__name__}")
     return key
 
@@ -687,13 +721,33 @@ _INTS: Final = rb"(?:\)|(\(?(?:" + _INT + rb")+[\x85-\x87t])r....)"
 _PUT: Final = rb"r(....)"
 _GET: Final = rb"(h.|j....)"
 _REBUILD_CALL: Final = (
-    rb"\(\(" + _GET + _GET + rb"X(.)\0\0\0([0-9]+)" + _PUT + rb"(?:h.|j....)(" + _INT + rb")tr....Q"
+    rb"\(\(((?:h.|j....){2})X(.)\0\0\0([0-9]+)" + _PUT + rb"(?:h.|j....)(" + _INT + rb")tr....Q"
     rb"(" + _INT + rb")" + _INTS + _INTS + rb"[\x88\x89]" + _GET + rb"\)Rr....tr....R" + _PUT
 )
 _CALL: Final = re.compile(_REBUILD_CALL, re.DOTALL)
-# What follows the text of a name in a state dict, and in its `_metadata`, where it is {"version": number}.
-_TENSOR_ITEM: Final = re.compile(_PUT + _GET + _REBUILD_CALL, re.DOTALL)
-_VERSION_ITEM: Final = re.compile(_PUT + rb"}r...." + _GET + rb"(" + _INT + rb")s", re.DOTALL)
+# An item of a state dict, and of its `_metadata`, where the value is {"version": number}. Where the name ends follows
+# from what comes after it; its length, which stands before it, has to be compared. Longer ones are done in many steps.
+_NAME: Final = rb"X(.)\0\0\0(.{0,255}?)" + _PUT
+_TENSOR_ITEM: Final = re.compile(_NAME + _GET + _REBUILD_CALL, re.DOTALL)
+_VERSION_ITEM: Final = re.compile(_NAME + rb"}r...." + _GET + rb"(" + _INT + rb")s", re.DOTALL)
+
+
+class _Fetched(dict[bytes, Any]):
+    """What one instruction gets from the memo, or the element type that two of them get there for a storage."""
+
+    def __init__(self, memo: Mapping[int, Any]) -> None:
+        super().__init__()
+        self._memo = memo
+
+    def __missing__(self, instructions: bytes) -> Any:
+        """Looks it up: None for two that do not name a storage."""
+        found = [self._memo[_number(get)] for get in re.findall(_GET, instructions, re.DOTALL)]
+        value = found[0] if len(found) == 1 else found[1] if self._is_storage(*found) else None
+        self[instructions] = value
+        return value
+
+    def _is_storage(self, kind: Any, storage_type: Any) -> bool:
+        return kind in ("storage", b"storage") and isinstance(storage_type, StorageType)
 
 
 @lru_cache(maxsize=1 << 16)

@@ -73,7 +73,7 @@ class ZipArchive:
     def __init__(self, file: CheckpointFile) -> None:
         self.file = file
         self._headers = _Readahead(file)
-        self._sound_start = b""
+        self._sound_start = b"none yet"
         self._directory_offset, num_bytes, num_members = self._find_directory()
         self.members = self._read_directory(num_bytes, num_members)
 
@@ -87,10 +87,10 @@ class ZipArchive:
         if member.refusal is not None:
             raise self._refused(member, member.refusal)
         name_end = _LOCAL.size + len(member.name)
-        header = self._headers.read(member.header_offset, name_end)
-        if header[:_NAME_LEN] != self._sound_start or header[_LOCAL.size :] != member.name:
-            self._check_header(member, header)
-        name_len, extra_len = _LENGTHS.unpack_from(header, _NAME_LEN)
+        data, at = self._headers.read(member.header_offset, name_end)
+        if not (data.startswith(self._sound_start, at) and data.startswith(member.name, at + _LOCAL.size)):
+            self._check_header(member, data[at : at + name_end])
+        name_len, extra_len = _LENGTHS.unpack_from(data, at + _NAME_LEN)
         offset: int = member.header_offset + name_end + extra_len
         if name_len != len(member.name):
             raise self._corrupt(f"one name of {_shown(member)}", "another length in its local header")
@@ -169,9 +169,8 @@ class ZipArchive:
         at = 0
         while at < num_bytes:
             member, at = self._read_member(directory, at)
-            if member.name in members:
+            if members.setdefault(member.name, member) is not member:
                 raise self._corrupt("one member of each name", f"two of the name {_shown(member)}")
-            members[member.name] = member
         if len(members) != num_members:
             raise self._corrupt(f"{num_members} members in the zip directory", len(members))
         return members
@@ -236,8 +235,11 @@ class _Readahead:
         self._offset = 0
         self._data = b""
 
-    def read(self, offset: int, num_bytes: int) -> bytes:
-        """Reads exactly ``num_bytes`` at ``offset``; raises as `CheckpointFile.read` does."""
+    def read(self, offset: int, num_bytes: int) -> tuple[bytes, int]:
+        """Gives some bytes of the file, and where in them the ``num_bytes`` at ``offset`` are.
+
+        Raises as `CheckpointFile.read` does.
+        """
         start = offset - self._offset
         if start < 0 or start + num_bytes > len(self._data):
             is_near = 0 <= start <= len(self._data) + _NEAR_BYTES
@@ -245,7 +247,7 @@ class _Readahead:
             ahead = max(num_bytes, min(ahead, self._file.num_bytes - offset))
             self._offset, self._data = offset, self._file.read(offset, ahead, "the header of a zip member")
             start = 0
-        return self._data[start : start + num_bytes]
+        return self._data, start
 
 
 def _refusal_of(method: int, flags: int) -> str | None:
