@@ -54,10 +54,14 @@ from lightning_efficient_init.errors import (
 
 MAX_PICKLE_BYTES: Final = 1 << 29
 _MAX_INSTRUCTIONS: Final = 1 << 25  # a tensor takes about 30
-_MAX_ITEMS: Final = 1 << 23  # done in one step each
+_MAX_NOT_COUNTED: Final = 1 << 23  # of which a tensor puts two or three into the memo
 _MAX_KEY_PARTS: Final = 64
 _TENSORS: Final = (StoredTensor, Entry)
 _BLOCKED_MODULES: Final = frozenset({"sys", "os", "posix", "nt"})
+
+
+class _ReplacedError(KeyError):
+    """Something in the memo was replaced in a step that leaves other instructions out."""
 
 
 class TruncatedPickleError(Exception):
@@ -290,7 +294,6 @@ class SafeUnpickler:
     def _start(self, pos: int, *, skips: bool) -> None:
         self.pos = pos
         self._skips = skips  # what `_rebuild` may leave out
-        self._num_items = 0
         self._memo: dict[int, Any] = {}
         self._stack: list[Any] = []
         self._outer: list[list[Any]] = []
@@ -394,51 +397,52 @@ class SafeUnpickler:
         """Does all items that follow whose values are tensors."""
         data, memo, push, fetched = self._data, self._memo, self._stack.append, _Fetched(self._memo)
         size = len(memo)
-        while self._skips and (item := _TENSOR_ITEM.match(data, self.pos)):
+        while self._may_skip() and (item := _TENSOR_ITEM.match(data, self.pos)):
             length, name, put, function, *call = item.groups()
             if length[0] != len(name) or fetched[function] is not _tensor_v2:
-                break
+                return
             tensor = self._rebuild(call, fetched)
             if tensor is None:
-                break
+                return
             memo[_U32.unpack(put)[0]] = key = str(name, "utf-8", "surrogatepass")
             push(key)
             push(tensor)
+            self.pos = item.end()
             size += 3
-            self._pass_item(item.end(), size)
+            if len(memo) != size:
+                raise _ReplacedError
 
     def _run_versions(self) -> None:
         """Does all items that follow whose values are ``{"version": number}``."""
         data, memo, push = self._data, self._memo, self._stack.append
         size = len(memo)
-        while self._skips and (item := _VERSION_ITEM.match(data, self.pos)):
+        while self._may_skip() and (item := _VERSION_ITEM.match(data, self.pos)):
             length, name, put, word, number = item.groups()
             version = memo[_number(word)]
             if length[0] != len(name) or type(version) is not str:
-                break
+                return
             memo[_U32.unpack(put)[0]] = key = str(name, "utf-8", "surrogatepass")
             push(key)
             push({version: _number(number)})
+            self.pos = item.end()
             size += 1
-            self._pass_item(item.end(), size)
-
-    def _pass_item(self, end: int, memo_size: int) -> None:
-        """Goes on after an item, which must have put into the memo what it has put there, and not replaced any."""
-        if len(self._memo) != memo_size:
-            raise KeyError("put twice")
-        self.pos = end
-        self._num_items += 1
-        self._skips = self._num_items < _MAX_ITEMS  # after that, each instruction counts
+            if len(memo) != size:
+                raise _ReplacedError
 
     def _run_call(self, pos: int) -> bool:
         """Does in one step what the instructions of `_CALL` do, which rebuild a tensor; False if there are others."""
-        call = _CALL.match(self._data, pos) if self._skips else None
-        size = len(self._memo)
+        call, size = _CALL.match(self._data, pos) if self._may_skip() else None, len(self._memo)
         if call is None or (tensor := self._rebuild(call.groups(), _Fetched(self._memo))) is None:
             return False
+        if len(self._memo) != size + 2:
+            raise _ReplacedError
         self._stack[-1] = tensor
-        self._pass_item(call.end(), size + 2)
+        self.pos = call.end()
         return True
+
+    def _may_skip(self) -> bool:
+        """Whether to do many instructions in one step, which is not counted: each puts something into the memo."""
+        return self._skips and len(self._memo) < _MAX_NOT_COUNTED
 
     def _rebuild(self, call: Sequence[Any], fetched: _Fetched) -> StoredTensor | Entry | None:
         """Rebuilds a tensor from what varies in `_CALL`; None if its instructions are not what they look like.

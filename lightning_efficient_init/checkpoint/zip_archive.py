@@ -166,37 +166,31 @@ class ZipArchive:
     def _read_directory(self, num_bytes: int, num_members: int) -> dict[bytes, Member]:
         directory = self.file.read(self._directory_offset, num_bytes, "the zip directory")
         members: dict[bytes, Member] = {}
-        at = 0
+        at, unpack, size, limit = 0, _CENTRAL.unpack_from, _CENTRAL.size, self._directory_offset
         while at < num_bytes:
-            member, at = self._read_member(directory, at)
-            if members.setdefault(member.name, member) is not member:
+            if at + size > num_bytes:
+                raise self._corrupt("whole records in the zip directory", "part of one")
+            magic, flags, method, packed, unpacked, name_len, extra_len, comment_len, offset = unpack(directory, at)
+            name_end = at + size + name_len
+            name = directory[at + size : name_end]
+            at = name_end + extra_len + comment_len
+            if magic != b"PK\x01\x02" or at > num_bytes:
+                raise self._corrupt("whole records in the zip directory", "a damaged one")
+            if _USE_ZIP64 in (unpacked, packed, offset):
+                extra = directory[name_end : name_end + extra_len]
+                unpacked, packed, offset = self._widen(extra, (unpacked, packed, offset))
+            refusal = None if method == 0 and not flags & _ENCRYPTED else _refusal_of(method, flags)
+            member = Member(name, offset, unpacked, refusal)
+            if (packed != unpacked and refusal is None) or offset + packed > limit:
+                raise self._corrupt(
+                    f"{_shown(member)} before the zip directory at {limit}",
+                    f"{packed} stored bytes of {unpacked} at {offset}",
+                )
+            if members.setdefault(name, member) is not member:
                 raise self._corrupt("one member of each name", f"two of the name {_shown(member)}")
         if len(members) != num_members:
             raise self._corrupt(f"{num_members} members in the zip directory", len(members))
         return members
-
-    def _read_member(self, directory: bytes, at: int) -> tuple[Member, int]:
-        """Reads one record of the directory; gives the member and the position of the next record."""
-        if at + _CENTRAL.size > len(directory):
-            raise self._corrupt("whole records in the zip directory", "part of one")
-        fields = _CENTRAL.unpack_from(directory, at)
-        magic, flags, method, packed, unpacked, name_len, extra_len, comment_len, header_offset = fields
-        name_start = at + _CENTRAL.size
-        name_end = name_start + name_len
-        following = name_end + extra_len + comment_len
-        if magic != b"PK\x01\x02" or following > len(directory):
-            raise self._corrupt("whole records in the zip directory", "a damaged one")
-        name = directory[name_start:name_end]
-        if _USE_ZIP64 in (unpacked, packed, header_offset):
-            extra = directory[name_end : name_end + extra_len]
-            unpacked, packed, header_offset = self._widen(extra, (unpacked, packed, header_offset))
-        member = Member(name, header_offset, unpacked, _refusal_of(method, flags))
-        if (packed != unpacked and member.refusal is None) or header_offset + packed > self._directory_offset:
-            raise self._corrupt(
-                f"{_shown(member)} before the zip directory at {self._directory_offset}",
-                f"{packed} stored bytes of {unpacked} at {header_offset}",
-            )
-        return member, following
 
     def _widen(self, extra: bytes, fields: tuple[int, ...]) -> tuple[int, ...]:
         """Replaces the fields that are 0xFFFFFFFF by the 64-bit ones of the zip64 extra field."""
@@ -250,10 +244,8 @@ class _Readahead:
         return self._data, start
 
 
-def _refusal_of(method: int, flags: int) -> str | None:
-    if flags & _ENCRYPTED:
-        return "encrypted"
-    return f"compressed (zip method {method})" if method != 0 else None
+def _refusal_of(method: int, flags: int) -> str:
+    return "encrypted" if flags & _ENCRYPTED else f"compressed (zip method {method})"
 
 
 def _shown(member: Member) -> str:

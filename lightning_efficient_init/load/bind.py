@@ -26,8 +26,8 @@ from lightning_efficient_init.load import own_code
 from lightning_efficient_init.load.keys import strip_wrappers
 from lightning_efficient_init.quantize import QuantizedLayer, QuantizedParameter
 from lightning_efficient_init.quantize.state import adopt, find, full_shape
-from lightning_efficient_init.sharding import FLAT_NAME, is_partitioned, is_unmarked, shown_whole, stand_ins
-from lightning_efficient_init.sinks import obstacle, shape_of
+from lightning_efficient_init.sharding import FLAT_NAME, is_partitioned, shown_whole, stand_ins
+from lightning_efficient_init.sinks import is_dense, obstacle, shape_of
 
 Shape = tuple[int, ...]
 
@@ -42,6 +42,7 @@ class Binding:
         module: The module.
         tensors: The model's name for a tensor to that tensor, for all that a state dict of the model holds.
         entries: Name to the entry that fills the tensor.
+        dense: Those names of ``entries`` whose tensors `is_dense`, as they were when they were bound.
         values: Name to a tensor in memory that is copied into the model's.
         calls: What is left to do afterwards: extra states, hooks, modules that load by code of their own.
         loaded_by_calls: Names of tensors that the calls are to write.
@@ -55,6 +56,7 @@ class Binding:
     module: Module
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     entries: dict[str, Entry] = field(default_factory=dict)
+    dense: set[str] = field(default_factory=set)
     values: dict[str, torch.Tensor] = field(default_factory=dict)
     calls: list[Callable[[], object]] = field(default_factory=list)
     loaded_by_calls: list[str] = field(default_factory=list)
@@ -190,21 +192,16 @@ def _has_loading_code(module: Module) -> bool:
 
 def _bind_by_name(tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], binding: Binding) -> None:
     """Match tensors with the values of their names."""
-    entries = binding.entries
+    entries, dense = binding.entries, binding.dense
     for name, tensor in tensors.items():
         value = state.get(name, binding)
         if value is binding:  # which is no value
             binding.missing.append(name)
-        elif type(value) is Entry and _fits_plainly(tensor, value):
-            entries[name] = value
+        elif type(value) is Entry and value.shape == tensor.shape and not value.chunks and is_dense(tensor):
+            entries[name] = value  # as nearly always, often very many
+            dense.add(name)
         else:
             _offer(binding, name, tensor, value)
-
-
-def _fits_plainly(tensor: torch.Tensor, entry: Entry) -> bool:
-    """Whether ``entry`` is what nearly all are: in one piece, and of the tensor's shape."""
-    shape = tensor.shape if is_unmarked(tensor) else shape_of(tensor)
-    return not entry.chunks and entry.shape == shape and not _is_expanded(tensor)
 
 
 def _bind_special(

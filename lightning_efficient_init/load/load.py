@@ -220,7 +220,7 @@ def _on_meta(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> list[
 
 
 def _sinks(writes: Iterable[Write]) -> list[Sink]:
-    return [sink for write in writes for sink in sinks_for(write.name, write.tensor, write.entry, write.part)]
+    return [sink for w in writes for sink in sinks_for(w.name, w.tensor, w.entry, w.part, is_dense=w.is_dense)]
 
 
 def _work(waves: Sequence[Sequence[Write]]) -> list[object]:
@@ -339,7 +339,10 @@ def _tick(meter: Meter, done_before: int, done: int) -> None:
 
 def _batches(sinks: Sequence[Sink], max_scratch: int) -> Iterator[tuple[list[Sink], bool]]:
     """All that needs no scratch first (True), then as many of the others at a time as fit, at least one (False)."""
-    yield [sink for sink in sinks if not sink.scratch_bytes], True
+    direct = [sink for sink in sinks if not sink.scratch_bytes]
+    yield direct, True
+    if len(direct) == len(sinks):
+        return
     batch: list[Sink] = []
     scratch = 0
     for sink in sinks:

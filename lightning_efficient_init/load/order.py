@@ -7,7 +7,7 @@ counts. Here many threads copy at once, in the order of the file: what shares me
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,12 +28,14 @@ class Write:
         tensor: The tensor.
         part: What this rank holds of it, if it has been taken apart; found out here, once.
         entry: Where its value is in a file.
+        is_dense: Whether the tensor `is_dense`; False if nobody has looked.
     """
 
     name: str
     tensor: torch.Tensor
     part: Part | None
     entry: Entry
+    is_dense: bool = False
 
     @property
     def is_sharded(self) -> bool:
@@ -65,7 +67,8 @@ def order_writes(tensors: Mapping[str, torch.Tensor], binding: Binding) -> Write
     names = [name for name in binding.tensors if name in entries or name in values]
     if len({id(tensors[name]) for name in names}) < len(names):
         names = _last(names, lambda name: id(tensors[name]))
-    parts = {name: part for name in names if (part := part_of(tensors[name])) is not None}
+    dense = binding.dense if tensors is binding.tensors else frozenset()
+    parts = {name: part for name in names if name not in dense and (part := part_of(tensors[name])) is not None}
     late: set[str] = set()
     dropped: set[str] = set()
     for group in _overlapping(tensors, [name for name in names if name not in parts] if parts else names):
@@ -74,7 +77,7 @@ def order_writes(tensors: Mapping[str, torch.Tensor], binding: Binding) -> Write
         dropped.update({*group} - {first, *others})
     if dropped:
         names = [name for name in names if name not in dropped]
-    writes = [Write(name, tensors[name], parts.get(name), entries[name]) for name in names if name in entries]
+    writes = [Write(n, tensors[n], parts.get(n), entries[n], n in dense) for n in names if n in entries]
     waves = [writes]
     if late:
         waves = [[write for write in writes if write.name not in late], *([w] for w in writes if w.name in late)]
@@ -91,7 +94,7 @@ def _last(names: Sequence[str], key: Callable[[str], object]) -> list[str]:
 
 def _overlapping(tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> list[list[str]]:
     """Groups of names whose memory has bytes in common, each group in the order of ``names``."""
-    spans = sorted([span for at, name in enumerate(names) if (span := _span(tensors[name], at))])
+    spans = sorted(_spans([tensors[name] for name in names]))
     if all(before[1] <= after[0] for before, after in itertools.pairwise(spans)):
         return []  # as nearly always
     groups: list[list[int]] = []
@@ -105,16 +108,18 @@ def _overlapping(tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> l
     return [[names[at] for at in sorted(group)] for group in groups if len(group) > 1]
 
 
-def _span(tensor: torch.Tensor, at: int) -> tuple[int, int, int] | None:
-    """Addresses of its first byte and of the end of its last one, and ``at``; None if it has no memory of its own."""
-    if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided:
-        return None
-    start = tensor.data_ptr()  # 0 on the meta device, and where nothing is
-    if not start:
-        return None
-    if tensor.is_contiguous():
-        return start, start + tensor.nbytes, at
-    return start, start + layout_of(tuple(tensor.shape), tensor.stride()).extent * tensor.itemsize, at
+def _spans(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[int, int, int]]:
+    """Addresses of the first byte of each and of the end of its last one, and its number; of those with own memory."""
+    for at, tensor in enumerate(tensors):
+        if type(tensor) in PLAIN_TYPES and tensor.layout is torch.strided:
+            start = tensor.data_ptr()  # 0 on the meta device, and where nothing is
+            if not start:
+                continue
+            if tensor.is_contiguous():
+                yield start, start + tensor.nbytes, at
+            else:
+                extent = layout_of(tuple(tensor.shape), tensor.stride()).extent
+                yield start, start + extent * tensor.itemsize, at
 
 
 def _memory_key(tensor: torch.Tensor) -> object:

@@ -48,8 +48,8 @@ class LoadPlan:
 
         Of a tensor that is sharded, this rank's part counts.
         """
-        tensors = self.binding.tensors
-        parts = {name: part for name in self.entries if (part := part_of(tensors[name])) and not part.is_whole}
+        tensors, others = self.binding.tensors, self.entries.keys() - self.binding.dense
+        parts = {name: part for name in others if (part := part_of(tensors[name])) and not part.is_whole}
         whole = [entry for name, entry in self.entries.items() if name not in parts]
         num_part_bytes = {
             id(tensors[name]): part.memory.numel() * self.entries[name].dtype.itemsize for name, part in parts.items()

@@ -13,6 +13,7 @@ import torch
 from torch.nn import Buffer, Parameter
 
 from lightning_efficient_init.checkpoint import Entry
+from lightning_efficient_init.sharding import is_unmarked
 from lightning_efficient_init.sinks.sink import Segment, Sink
 
 PLAIN_TYPES = (torch.Tensor, Parameter, Buffer)
@@ -24,10 +25,10 @@ def plain_sink(name: str, tensor: torch.Tensor, entry: Entry) -> Sink:
 
     Args:
         name: The model's name for the tensor.
-        tensor: The tensor to fill; it may be on the meta device until something is read.
+        tensor: The tensor to fill; on the meta device only to be asked what it needs.
         entry: What to fill it from; of the tensor's shape, or of one element for a scalar.
     """
-    if _is_direct(tensor, entry):
+    if is_row_major(entry, tensor.dtype) and type(tensor) in PLAIN_TYPES and has_dense_memory(tensor):
         return Segment(entry.file, entry.offset, entry.dtype, tensor, name)
     return ScratchSink(name, tensor, entry)
 
@@ -76,15 +77,21 @@ class ScratchSink:
             self._scratch = None
 
 
-def _is_direct(tensor: torch.Tensor, entry: Entry) -> bool:
-    """Whether the entry's bytes, cast, are the tensor's memory."""
-    dtype = tensor.dtype
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` is what nearly all are: an ordinary one, in one piece, its elements in order in memory."""
+    return is_unmarked(tensor) and has_dense_memory(tensor)
+
+
+def has_dense_memory(tensor: torch.Tensor) -> bool:
+    """Whether the memory of ``tensor`` holds its elements as they are, in row-major order without gaps."""
     return (
-        type(tensor) in PLAIN_TYPES
-        and (entry.dtype is dtype or entry.offset % entry.dtype.itemsize == 0)
-        and tensor.layout is torch.strided
+        tensor.layout is torch.strided
         and tensor.is_contiguous()
-        and entry.is_contiguous
-        and not (dtype in _COMPLEX and tensor.is_conj())
         and not tensor.is_neg()
+        and not (tensor.dtype in _COMPLEX and tensor.is_conj())
     )
+
+
+def is_row_major(entry: Entry, dtype: torch.dtype) -> bool:
+    """Whether the entry's bytes, cast to ``dtype``, are what the memory of a dense tensor holds."""
+    return entry.is_contiguous and (entry.dtype is dtype or entry.offset % entry.dtype.itemsize == 0)

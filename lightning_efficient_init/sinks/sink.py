@@ -35,6 +35,7 @@ class Segment:
         offset: Position of the first element in the file, in bytes.
         dtype: Element type in the file.
         memory: The tensor as it was given, in its own shape; of a part, what it is a part of.
+        address: Of the memory's first byte.
         num_bytes: Bytes that the elements take in the file, without what is between runs.
         name: The model's name for the tensor.
         row_bytes: Bytes of each run, where there are several; else 0.
@@ -45,6 +46,7 @@ class Segment:
         "_dest",
         "_dest_bytes",
         "_first",
+        "address",
         "dtype",
         "file",
         "memory",
@@ -71,6 +73,7 @@ class Segment:
         self.offset = offset
         self.dtype = dtype
         self.memory = dest
+        self.address = dest.data_ptr()
         self.num_bytes = dest.numel() * dtype.itemsize
         self.name = name
         self.row_bytes = row_bytes
@@ -94,11 +97,6 @@ class Segment:
         if self._dest_bytes is None:
             self._dest_bytes = self.dest if self.memory.dtype is torch.uint8 else self.dest.view(torch.uint8)
         return self._dest_bytes
-
-    @property
-    def address(self) -> int:
-        """Of the memory's first byte."""
-        return self.memory.data_ptr() + self._first * self.memory.itemsize
 
     @property
     def numel(self) -> int:
@@ -134,6 +132,7 @@ class Segment:
         part = Segment(self.file, offset, dtype, whole, self.name)
         part.num_bytes = num_bytes
         part._first = start // dtype.itemsize
+        part.address += part._first * whole.itemsize
         return part
 
 
