@@ -110,7 +110,9 @@ class _Reader:
         if data[0] in ("module", b"module"):
             return data[1]
         root = stored_storage(data)
-        self._storages.setdefault(root.key, root)
+        known = self._storages.setdefault(root.key, root)
+        if known.num_bytes != root.num_bytes:
+            raise ValueError(f"a storage {show(root.key)} of {known.num_bytes} and of {root.num_bytes} bytes")
         if len(data) < 6 or data[5] is None:
             return root
         _, offset, numel = data[5]

@@ -84,6 +84,23 @@ def test_a_tensor_outside_its_storage_is_reported_by_name(write_torch_zip, progr
     assert len(str(caught.value)) < 1200
 
 
+@pytest.mark.parametrize("is_item", [True, False])
+def test_a_storage_that_grows_is_reported_by_name(write_torch_zip, is_item):
+    grown = item("b", shape=b"K\x03\x85").replace(b"K\x02t", b"K\x03t")
+    program = item("a") + grown if is_item else text("a") + tensor() + text("b") + tensor(shape=(3,), numel=3)
+    with pytest.raises(CorruptCheckpointError, match=r"made\.pt', tensor 'b': expected storage '0' of 12 bytes"):
+        index_checkpoint(write_torch_zip(P + MEMO + b"}(" + program + b"u.", DATA))
+
+
+def test_a_storage_of_a_legacy_file_that_grows_is_reported(tmp_path):
+    path, values = tmp_path / "l.pt", torch.arange(6.0)
+    torch.save({"a": values, "b": values[1:]}, path, _use_new_zipfile_serialization=False)
+    before, between, after = path.read_bytes().split(b"K\x06N")
+    path.write_bytes(before + b"K\x06N" + between + b"K\x07N" + after)
+    with pytest.raises(CorruptCheckpointError, match=r"a storage '.*' of 24 and of 28 bytes"):
+        index_checkpoint(path)
+
+
 @pytest.mark.parametrize(
     "program",
     [
@@ -174,6 +191,20 @@ def test_what_an_item_puts_into_the_memo_can_be_asked_for(write_torch_zip, index
     tree = index_tree(write_torch_zip(program, DATA)).tree
     assert tree["again"] == value
     assert tree["weights"]["layer.w"].shape == (2,)
+
+
+def test_an_item_that_replaces_what_another_one_put_is_what_its_instructions_make_one_by_one(write_torch_zip):
+    again = text("x") + get(0) + text("y") + get(7)
+    tree = index_tree(write_torch_zip(P + MEMO + b"}(" + item("a") + item("b") + again + b"u.", DATA)).tree
+    assert tree["x"] == "b"
+    assert tree["y"] is tree["b"]
+    assert tree["b"] is not tree["a"]
+
+
+def test_an_item_that_replaces_what_rebuilds_tensors_is_reported(write_torch_zip):
+    replaced = item("a").replace(put(7), put(REBUILD))
+    with pytest.raises(CorruptCheckpointError, match="a call of StoredTensor"):
+        index_tree(write_torch_zip(P + MEMO + b"}(" + replaced + item("b") + b"u.", DATA))
 
 
 def test_a_version_that_an_item_puts_into_the_memo_can_be_asked_for(write_torch_zip):
