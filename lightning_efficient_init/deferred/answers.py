@@ -28,6 +28,7 @@ from lightning_efficient_init.deferred.arguments import (
     without,
 )
 from lightning_efficient_init.deferred.dispatch import record_empty, record_fill, values_of
+from lightning_efficient_init.deferred.initializers import FILLS
 from lightning_efficient_init.deferred.parameter import check_copy, exchange, undisturbed, write_form
 from lightning_efficient_init.deferred.recipe import recipe_of
 from lightning_efficient_init.deferred.wording import refusal
@@ -311,10 +312,9 @@ def _copy(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _initialize(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``init.normal_`` and ``init.uniform_`` come down to one operation, written down without the way to it."""
-    op, names = _INITIALIZERS[func]
+    """What comes down to one operation is written down without the way to it."""
     with torch._C.DisableTorchFunction():
-        if not args and (filled := record_fill(recorder, op, kwargs, names)) is not None:
+        if not args and (filled := record_fill(recorder, func, kwargs)) is not None:
             return filled
         return func(*args, **kwargs)
 
@@ -351,11 +351,7 @@ _ANSWERS: dict[Any, Any] = {
     _T.copy_: _copy,
     _T.__deepcopy__: _deepcopy,
 }
-_INITIALIZERS = {
-    torch.nn.init.normal_: (torch.ops.aten.normal_.default, ("mean", "std")),
-    torch.nn.init.uniform_: (torch.ops.aten.uniform_.default, ("a", "b")),
-}
-_ANSWERS |= dict.fromkeys(_INITIALIZERS, _initialize)
+_ANSWERS |= dict.fromkeys(FILLS, _initialize)
 _ANSWERS |= dict.fromkeys((torch.as_tensor, torch.asarray), _as_tensor)
 _ANSWERS |= dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _looks_at_devices)
 _ANSWERS[functional.multi_head_attention_forward] = _looks_at_devices

@@ -23,6 +23,7 @@ from lightning_efficient_init.deferred.arguments import (
     without,
     written_by,
 )
+from lightning_efficient_init.deferred.initializers import FILLS
 from lightning_efficient_init.deferred.operators import LIKE, Traits, traits_of
 from lightning_efficient_init.deferred.recipe import Op, Recipe, Ref, recipe_of
 from lightning_efficient_init.deferred.replay import evaluate
@@ -204,18 +205,23 @@ def record_empty(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, An
     return out
 
 
-def record_fill(recorder: Recorder, func: Any, kwargs: dict[str, Any], names: tuple[str, ...]) -> torch.Tensor | None:
-    """What `Dispatch` makes of ``func``, which fills ``kwargs["tensor"]`` from the numbers of these names.
+def record_fill(recorder: Recorder, func: Any, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """What `Dispatch` makes of ``func``, one of `FILLS`, with these arguments.
 
     Returns:
         None in the same cases as `record_empty`.
     """
-    args = (kwargs["tensor"], *map(kwargs.get, names))
-    recipe = _filled(args) if type(args[0]) in (torch.Tensor, torch.nn.Parameter) and _is_alone() else None
-    if recipe is None:
+    tensor = kwargs["tensor"]
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or not _is_alone():
         return None
+    op, numbers_of = FILLS[func]
     with torch._C._DisableTorchDispatch():
-        return recorder.tape.write_fill(traits_of(func), args, {"generator": kwargs.get("generator")}, recipe)
+        numbers = numbers_of(kwargs)
+        recipe = None if numbers is None else _filled((tensor, *numbers))
+        if numbers is None or recipe is None:
+            return None
+        generator = {"generator": kwargs.get("generator")}
+        return recorder.tape.write_fill(traits_of(op), (tensor, *numbers), generator, recipe)
 
 
 def _may_wait(out: torch.Tensor) -> bool:

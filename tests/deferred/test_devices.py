@@ -211,6 +211,9 @@ def test_dispatch_modes_of_others_see_every_operation():
         nn.init.uniform_(weight)
     assert {aten.empty.memory_format, aten.normal_.default, aten.uniform_.default} <= operations.found
     assert is_deferred(weight)
+    with deferred_init(), Operations() as operations:
+        nn.Linear(3, 2, bias=False)
+    assert aten.uniform_.default in operations.found
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ from quantized_models import (
     QUANTIZED,
     Mixed,
     NamedLinear,
+    assert_outputs_equal,
     assert_quantized_as_by_bitsandbytes,
     bnb,
     build_eagerly,
@@ -105,21 +106,21 @@ def test_int8_rows_that_float16_can_hold_are_not_touched_by_those_that_it_cannot
 @pytest.mark.parametrize("mode", MODES)
 def test_outputs_are_those_of_bitsandbytes_own_layers(mode, device):
     if mode == "int8-training":
-        theirs = bnb.nn.Linear8bitLt(64, 48, threshold=6.0)
+        theirs = bnb.nn.Linear8bitLt(64, 32, threshold=6.0)
     elif mode == "int8":
-        theirs = bnb.nn.Linear8bitLt(64, 48, threshold=6.0, has_fp16_weights=False)
+        theirs = bnb.nn.Linear8bitLt(64, 32, threshold=6.0, has_fp16_weights=False)
     else:
         dtype = torch.float16
-        theirs = bnb.nn.Linear4bit(64, 48, compute_dtype=dtype, compress_statistics="dq" in mode, quant_type=mode[:3])
+        theirs = bnb.nn.Linear4bit(64, 32, compute_dtype=dtype, compress_statistics="dq" in mode, quant_type=mode[:3])
     theirs = theirs.half()
     weights = {name: value.clone() for name, value in theirs.state_dict().items() if name in {"weight", "bias"}}
     theirs = theirs.to(device).eval().requires_grad_(False)  # on a CPU it fails in eval with a trained weight
-    ours = built(quantizing_fabric(mode, "16-true", device.type), lambda: nn.Linear(64, 48)).eval()
+    ours = built(quantizing_fabric(mode, "16-true", device.type), lambda: nn.Linear(64, 32)).eval()
     ours.load_state_dict(weights)
     x = torch.randn(3, 5, 64, device=device, dtype=torch.float16)
     x[..., 4] *= 20  # outliers, for int8
     with torch.no_grad():
-        assert torch.equal(ours(x), theirs(x))
+        assert_outputs_equal(ours(x), theirs(x), mode)
 
 
 @pytest.mark.parametrize("mode", MODES)
