@@ -20,6 +20,7 @@ from lightning.pytorch.core import saving
 from lightning_efficient_init.checkpoint import Seal, index_tree, lazy_tree
 from lightning_efficient_init.deferred import eager
 from lightning_efficient_init.errors import UnsupportedCheckpointError
+from lightning_efficient_init.garbage import collections_paused
 from lightning_efficient_init.load.tree import read_tree
 from lightning_efficient_init.patching import ScopedPatch
 
@@ -27,6 +28,7 @@ from lightning_efficient_init.patching import ScopedPatch
 LAZY_KEYS = ("state_dict", "optimizer_states")
 
 
+@collections_paused()
 def open_lightning_checkpoint(
     path: str | os.PathLike[str], device: torch.device, *, weights_only: bool
 ) -> dict[str, Any]:

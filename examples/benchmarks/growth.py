@@ -4,8 +4,8 @@
     python examples/benchmarks/growth.py --models 0.1B 0.5B 1B --gigabytes 0.2    # on anything
 
 Left: models of growing size. A line is fitted, seconds = fixed part + bytes / rate; the fixed part is what a load costs
-however small it is. Right: the same bytes in 10, 1,000 and 100,000 tensors. Writes growth.json, and growth.svg drawn
-from it.
+however small it is. Right: the same bytes in 10, 1,000 and 100,000 tensors. Writes growth.json after each model, to
+which a later run on the same machine adds, and growth.svg drawn from it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
@@ -55,31 +56,55 @@ def fit(points: list[dict[str, Any]]) -> tuple[float, float]:
     return fixed_s, s_per_byte
 
 
-def draw(sizes: list[dict[str, Any]], counts: list[dict[str, Any]], path: Path) -> None:
-    """Both panels."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for way in dict.fromkeys(point["way"] for point in sizes):
-        points = [point for point in sizes if point["way"] == way]
-        x = [point["num_bytes"] / 1e9 for point in points]
-        (drawn,) = left.plot(x, [point["total_s"] for point in points], "o", label=way)
-        if len(points) > 2:
-            fixed_s, s_per_byte = fit(points)
-            label = f"{way}: {fixed_s:.2f} s + {1e-9 / s_per_byte:.1f} GB/s"
-            ends = [0.0, max(x)]
-            left.plot(ends, [fixed_s + s_per_byte * 1e9 * end for end in ends], color=drawn.get_color(), label=label)
-    left.set(xlabel="GB of weights", ylabel="seconds to build and load", ylim=(0, None))
-    left.legend(fontsize=8)
-    for way in dict.fromkeys(point["way"] for point in counts):
-        points = [point for point in counts if point["way"] == way]
-        x = [int(point["model"].split("x")[0]) for point in points]
-        right.plot(x, [point["load_s"] for point in points], "o-", label=f"{way}, load")
-        right.plot(x, [point["build_s"] for point in points], "o:", label=f"{way}, build")
-    right.set(xscale="log", yscale="log", xlabel="tensors of the same bytes", ylabel="seconds")
-    right.legend(fontsize=8)
-    machine = (sizes or counts)[0]["machine"]
+def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """A panel for each kind of points that there are."""
+    panels = {kind: panel for kind, panel in {"sizes": _draw_sizes, "counts": _draw_counts}.items() if found[kind]}
+    figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
+    for number, (kind, panel) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(1, len(panels), number)
+        for way in dict.fromkeys(point["way"] for point in found[kind]):
+            panel(axes, way, [point for point in found[kind] if point["way"] == way])
+        axes.legend(fontsize=8)
+    machine = next(point["machine"] for points in found.values() for point in points)
     figure.suptitle(f"{machine['device']}, {machine['cores']} cores, torch {machine['torch']}", fontsize=9)
     figure.savefig(path, metadata={"Date": None})
+
+
+def _draw_sizes(axes: Axes, way: str, points: list[dict[str, Any]]) -> None:
+    x = [point["num_bytes"] / 1e9 for point in points]
+    (drawn,) = axes.plot(x, [point["total_s"] for point in points], "o", label=way)
+    if len(points) > 2:
+        fixed_s, s_per_byte = fit(points)
+        label = f"{way}: {fixed_s:.2f} s + {1e-9 / s_per_byte:.1f} GB/s"
+        ends = [0.0, max(x)]
+        axes.plot(ends, [fixed_s + s_per_byte * 1e9 * end for end in ends], color=drawn.get_color(), label=label)
+    axes.set(xlabel="GB of weights", ylabel="seconds to build and load", ylim=(0, None))
+
+
+def _draw_counts(axes: Axes, way: str, points: list[dict[str, Any]]) -> None:
+    x = [_num_tensors(point) for point in points]
+    axes.plot(x, [point["load_s"] for point in points], "o-", label=f"{way}, load")
+    axes.plot(x, [point["build_s"] for point in points], "o:", label=f"{way}, build")
+    axes.set(xscale="log", yscale="log", xlabel="tensors of the same bytes", ylabel="seconds")
+
+
+def known_points(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """What an earlier run has left."""
+    found: dict[str, list[dict[str, Any]]] = {"sizes": [], "counts": []}
+    return found | json.loads(path.read_text()) if path.exists() else found
+
+
+def renewed(known: list[dict[str, Any]], points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Known points of the same machine, with those that have been measured now in the place of older ones, by size."""
+    machine, names = points[0]["machine"], {(point["model"], point["way"]) for point in points}
+    kept = [p for p in known if p["machine"] == machine and (p["model"], p["way"]) not in names]
+    return sorted([*kept, *points], key=lambda point: (_num_tensors(point), point["num_bytes"]))
+
+
+def _num_tensors(point: dict[str, Any]) -> int:
+    """As its name says, "1000x500"; 0 for a LLaMA."""
+    count, _, numel = point["model"].partition("x")
+    return int(count) if numel else 0
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -95,11 +120,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     args = parser.parse_args(arguments)
     numel = round(args.gigabytes * 1e9 / BYTES_PER_ELEMENT)
-    sizes = [point for model in args.models for point in measure(model, args)]
-    counts = [point for count in args.tensors for point in measure(f"{count}x{numel // count}", args)]
-    (args.output / "growth.json").write_text(json.dumps({"sizes": sizes, "counts": counts}, indent=1))
-    draw(sizes, counts, args.output / "growth.svg")
-    for point in [*sizes, *counts]:
+    models = [("sizes", model) for model in args.models]
+    models += [("counts", f"{count}x{numel // count}") for count in args.tensors]
+    args.output.mkdir(parents=True, exist_ok=True)
+    found = known_points(args.output / "growth.json")
+    for kind, model in models:
+        found[kind] = renewed(found[kind], measure(model, args))
+        (args.output / "growth.json").write_text(json.dumps(found, indent=1) + "\n")
+    draw(found, args.output / "growth.svg")
+    for point in [*found["sizes"], *found["counts"]]:
         build_s = point["build_s"] or 0.0
         print(f"{point['model']:>16} {point['way']:>16}: {build_s:8.3f} s to build, {point['load_s']:8.3f} s to load")
 

@@ -418,8 +418,7 @@ class SafeUnpickler:
         size = len(memo)
         while self._may_skip() and (item := _VERSION_ITEM.match(data, self.pos)):
             length, name, put, word, number = item.groups()
-            version = memo[_number(word)]
-            if length[0] != len(name) or type(version) is not str:
+            if length[0] != len(name) or type(version := memo[_number(word)]) is not str:
                 return
             memo[_U32.unpack(put)[0]] = key = str(name, "utf-8", "surrogatepass")
             push(key)

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_efficient_init.checkpoint import CheckpointTree, Seal, index_tree
 from lightning_efficient_init.deferred import watch
+from lightning_efficient_init.garbage import collections_paused
 from lightning_efficient_init.init_context import init_context
 from lightning_efficient_init.lightning_checkpoint import is_streamable
 from lightning_efficient_init.load.load import run_plan
@@ -43,6 +44,7 @@ class StreamsCheckpoints(Strategy):
         watch(module)
         return super().setup_module(module)
 
+    @collections_paused()
     def load_checkpoint(
         self,
         path: _PATH,

@@ -31,7 +31,7 @@ from lightning_efficient_init.sinks import Sink, sinks_again, sinks_for
 BATCH_BYTES = 48 << 20  # of scratch memory
 
 
-@collections_paused()  # around the whole call: what it made along the way is gone before the collector looks
+@collections_paused()
 def load_checkpoint(
     model: Module,
     path: str | os.PathLike[str],
@@ -93,6 +93,7 @@ def load_checkpoint(
     return report
 
 
+@collections_paused()
 def run_plan(
     plan: LoadPlan,
     settings: Settings,

@@ -13,6 +13,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from lightning_efficient_init.checkpoint import LazyTensor
 from lightning_efficient_init.deferred import eager
 from lightning_efficient_init.errors import DeferredParameterError, shorten
+from lightning_efficient_init.garbage import collections_paused
 from lightning_efficient_init.load.bind import bind
 from lightning_efficient_init.load.load import run_plan
 from lightning_efficient_init.load.own_code import read_attributes
@@ -25,6 +26,7 @@ from lightning_efficient_init.patching import ScopedPatch
 log = logging.getLogger(__name__)
 
 
+@collections_paused()
 def _load_lazy(
     original: Callable[..., Any],
     module: Module,

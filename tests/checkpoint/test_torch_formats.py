@@ -376,3 +376,14 @@ def test_what_one_step_leaves_out_can_still_be_asked_for(tmp_path, write_torch_z
     tree = index_tree(write_torch_zip(asked, members)).tree
     assert tree.pop("shape") == (4, 5)
     assert all(entry.shape == (4, 5) for entry in tree.values())
+
+
+def test_a_state_dict_as_torch_writes_it_is_unpickled_in_one_go(tmp_path, monkeypatch):
+    model = torch.nn.ModuleList(torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(4)) for _ in range(20))
+    torch.save({"state_dict": model.state_dict(), "epoch": 3}, tmp_path / "w.pt")
+    start, starts = unpickle.SafeUnpickler._start, []
+    monkeypatch.setattr(
+        unpickle.SafeUnpickler, "_start", lambda *args, **how: starts.append(how) or start(*args, **how)
+    )
+    assert len(index_checkpoint(tmp_path / "w.pt").weights) == 160
+    assert starts == [{"skips": True}]  # not again without skipping
