@@ -91,8 +91,8 @@ def test_no_way_to_load_collects_on_its_way(load, tmp_path, monkeypatch):
     if load is _load_by_the_trainer:
         weights = {"state_dict": {f"inner.{name}": value for name, value in weights.items()}}
     torch.save(weights, tmp_path / "many.ckpt")
-    order_writes, seen = load_module.order_writes, []
-    monkeypatch.setattr(load_module, "order_writes", lambda *args: seen.append(gc.isenabled()) or order_writes(*args))
+    meter, seen = load_module.Meter, []
+    monkeypatch.setattr(load_module, "Meter", lambda *args: seen.append(gc.isenabled()) or meter(*args))
     load(tmp_path / "many.ckpt")
     assert seen == [False]
     assert gc.isenabled()
