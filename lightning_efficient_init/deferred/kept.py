@@ -16,7 +16,7 @@ import torch
 
 from lightning_efficient_init.deferred import canary
 from lightning_efficient_init.deferred.active import current
-from lightning_efficient_init.deferred.recipe import Recipe, Ref
+from lightning_efficient_init.deferred.recipe import Recipe, Ref, living
 from lightning_efficient_init.deferred.wording import empty_misuse
 from lightning_efficient_init.sharding import part_of
 
@@ -50,9 +50,9 @@ def window_of(tensor: torch.Tensor) -> Ref:
 def copies_of(tensor: torch.Tensor) -> list[torch.Tensor]:
     """Deep copies of ``tensor``, and theirs, that were made while it was empty, live, and keep their recipe."""
     kept = tensor.__dict__.get(_RECIPE)
-    copies = [] if kept is None else [made for ref in kept.copies if (made := ref()) is not None]
-    living = [made for made in copies if recipe_of_empty(made) is not None]
-    return [*living, *(further for made in living for further in copies_of(made))]
+    copies = [] if kept is None else living(kept.copies)
+    empty = [made for made in copies if recipe_of_empty(made) is not None]
+    return [*empty, *(further for made in empty for further in copies_of(made))]
 
 
 def memory_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -102,9 +102,9 @@ class _Kept:
         raise empty_misuse(self._living(), self.ref.recipe)
 
     def _living(self) -> torch.Tensor:
-        tensor = self._tensor()
-        assert tensor is not None, "the attributes of a tensor outlived it"
-        return tensor
+        tensors = living((self._tensor,))
+        assert tensors, "the attributes of a tensor outlived it"
+        return tensors[0]
 
     @staticmethod
     def _is_empty(tensor: torch.Tensor) -> bool:

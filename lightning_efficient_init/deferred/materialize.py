@@ -10,7 +10,7 @@ import torch
 from lightning_efficient_init.deferred import audit, kept, parameter, recurrent, streams
 from lightning_efficient_init.deferred.active import current
 from lightning_efficient_init.deferred.arguments import indexed
-from lightning_efficient_init.deferred.recipe import Op, Recipe, operations_for, recipe_of
+from lightning_efficient_init.deferred.recipe import Op, Recipe, living, operations_for, recipe_of
 from lightning_efficient_init.deferred.replay import evaluate
 from lightning_efficient_init.deferred.sharded import evaluate_each
 from lightning_efficient_init.errors import DeferredParameterError, shorten
@@ -188,7 +188,7 @@ def _groups(params: Iterable[torch.Tensor]) -> dict[Recipe, list[torch.Tensor]]:
             continue
         group = groups.setdefault(recipe, {})
         group[id(tensor)] = tensor
-        known = [alias for ref in recipe.aliases if (alias := ref()) is not None and recipe_of(alias) is recipe]
+        known = [alias for alias in living(recipe.aliases) if recipe_of(alias) is recipe]
         group |= {id(alias): alias for alias in (*known, *_aliases_being_recorded(recipe))}
     return {recipe: list(group.values()) for recipe, group in groups.items()}
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_efficient_init.deferred import recurrent
 from lightning_efficient_init.deferred.active import current
-from lightning_efficient_init.deferred.recipe import Op, Recipe, Ref, attach, recipe_of
+from lightning_efficient_init.deferred.recipe import Op, Recipe, Ref, attach, living, recipe_of
 from lightning_efficient_init.deferred.replay import evaluate
 from lightning_efficient_init.deferred.wording import misuse
 from lightning_efficient_init.errors import DeferredParameterError
@@ -270,18 +270,17 @@ def remember_alias(tensor: torch.Tensor, alias: torch.Tensor) -> None:
     """Let ``alias`` get memory together with ``tensor``."""
     recipe = recipe_of(tensor)
     assert recipe is not None
-    living = [ref for ref in recipe.aliases if ref() is not None]
-    known = {id(ref()) for ref in living}
-    recipe.aliases = [*living, *(weakref.ref(t) for t in (tensor, alias) if id(t) not in known)]
+    known = {id(t): t for t in (*living(recipe.aliases), tensor, alias)}
+    recipe.aliases = [weakref.ref(t) for t in known.values()]
 
 
 def bind(tensor: torch.Tensor) -> None:
     """Give ``tensor``, which is about to be overwritten, and its aliases memory."""
     recipe = recipe_of(tensor)
     assert recipe is not None
-    living = [t for ref in recipe.aliases if (t := ref()) is not None and recipe_of(t) is recipe]
+    aliases = [t for t in living(recipe.aliases) if recipe_of(t) is recipe]
     storage = memory_for(tensor, recipe, is_overwritten=True)
-    give_memory({id(t): t for t in (*living, tensor)}.values(), storage)
+    give_memory({id(t): t for t in (*aliases, tensor)}.values(), storage)
 
 
 def memory_for(tensor: torch.Tensor, recipe: Recipe, *, is_overwritten: bool) -> torch.UntypedStorage:

@@ -149,6 +149,18 @@ def recipe_of(tensor: torch.Tensor) -> Recipe | None:
     return storage.__dict__.get(_ATTRIBUTE)
 
 
+def living(refs: Iterable[weakref.ref[torch.Tensor]]) -> list[torch.Tensor]:
+    """The tensors of ``refs`` that are still there.
+
+    Objects of tensors that only C++ holds (bases of views) are brought back to life as torch asks for it; without that
+    they lose their memory under whoever was given them (torch 2.6 with Python 3.11).
+    """
+    found = [tensor for ref in refs if (tensor := ref()) is not None]
+    for tensor in found:
+        tensor._fix_weakref()  # type: ignore[attr-defined]
+    return found
+
+
 def attach(storage: torch.UntypedStorage, recipe: Recipe) -> None:
     """Make ``recipe`` the one of ``storage``."""
     storage.__dict__[_ATTRIBUTE] = recipe

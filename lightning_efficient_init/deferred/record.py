@@ -43,9 +43,9 @@ Decided against
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -55,13 +55,11 @@ from lightning_efficient_init.deferred.answers import Answers
 from lightning_efficient_init.deferred.arguments import META
 from lightning_efficient_init.deferred.dispatch import Dispatch
 from lightning_efficient_init.deferred.patches import patched
-from lightning_efficient_init.deferred.recipe import Recipe, Ref, attach, recipe_of
+from lightning_efficient_init.deferred.recipe import Recipe, Ref, attach, living, recipe_of
 from lightning_efficient_init.deferred.replay import evaluate
 from lightning_efficient_init.deferred.streams import places
 from lightning_efficient_init.deferred.tape import Tape
 from lightning_efficient_init.garbage import collections_paused
-
-_T = TypeVar("_T")
 
 
 @contextmanager
@@ -265,10 +263,10 @@ class Recorder:
     def _waiting(self) -> dict[Recipe, list[torch.Tensor]]:
         """Tensors that share the memory of a living deferred parameter, by recipe."""
         groups: dict[Recipe, list[torch.Tensor]] = {}
-        for param in _living(self._parameters.values()):
+        for param in living(self._parameters.values()):
             recipe = recipe_of(param) if param.is_meta else None
             if recipe is not None:
-                groups[recipe] = _living(recipe.aliases) or [param]
+                groups[recipe] = living(recipe.aliases) or [param]
         return groups
 
     @contextmanager
@@ -307,7 +305,7 @@ class Recorder:
 
     def aliases(self, recipe: Recipe) -> list[torch.Tensor]:
         """Living tensors that share the memory of ``recipe``."""
-        candidates = _living(self._sharing.get(id(recipe), {}).values())
+        candidates = living(self._sharing.get(id(recipe), {}).values())
         return [t for t in candidates if t.is_meta and recipe_of(t) is recipe]
 
     def bind(self, tensor: torch.Tensor, *, is_overwritten: bool) -> None:
@@ -317,18 +315,20 @@ class Recorder:
         parameter.give_memory(self.aliases(recipe), parameter.memory_for(tensor, recipe, is_overwritten=is_overwritten))
 
     def _scattered_layers(self) -> list[torch.nn.RNNBase]:
-        return recurrent.scattered({id(layer): layer for layer in _living(self.recurrent)}.values())
+        return recurrent.scattered(
+            {id(layer): layer for ref in self.recurrent if (layer := ref()) is not None}.values()
+        )
 
     def _living_by_recipe(self) -> dict[Recipe, list[torch.Tensor]]:
         groups: dict[Recipe, list[torch.Tensor]] = {}
-        for tensor in _living(self._tensors.values()):
+        for tensor in living(self._tensors.values()):
             recipe = recipe_of(tensor) if tensor.is_meta else None
             if recipe is not None:
                 groups.setdefault(recipe, []).append(tensor)
         return groups
 
     def _parameter_recipes(self) -> set[Recipe]:
-        found = (recipe_of(p) for p in _living(self._parameters.values()) if p.is_meta)
+        found = (recipe_of(p) for p in living(self._parameters.values()) if p.is_meta)
         return {recipe for recipe in found if recipe is not None}
 
     # -- real memory that a parameter was made of
@@ -361,11 +361,8 @@ class Recorder:
         for recipe in self._twinned:
             storage = recipe.real() if recipe.real is not None else None
             if storage is not None and recipe.stale:
+                storage._fix_weakref()  # type: ignore[attr-defined]  # see `living`
                 _refresh_memory(recipe, storage)
-
-
-def _living(refs: Iterable[weakref.ref[_T]]) -> list[_T]:
-    return [found for ref in refs if (found := ref()) is not None]
 
 
 def _refresh_memory(recipe: Recipe, storage: torch.UntypedStorage) -> None:
