@@ -104,11 +104,15 @@ STORAGE_TYPES: Final = {
 def stored_storage(data: Any) -> StoredStorage:
     """Reads the persistent id ``("storage", type, key, location, size)`` by which pickles name a storage."""
     kind, storage_type, key, _location, numel = data[:5]
-    if kind not in ("storage", b"storage") or not isinstance(storage_type, StorageType):
+    if not _is_storage(kind, storage_type):
         raise ValueError(f"a persistent id that is no storage: {show(kind)}")
     if type(numel) is not int or numel < 0 or type(key) not in (str, int, bytes):
         raise ValueError(f"a storage {show(key)} of {show(numel)} elements")
     return StoredStorage(key, storage_type.dtype, numel * storage_type.dtype.itemsize)
+
+
+def _is_storage(kind: Any, storage_type: Any) -> bool:
+    return kind in ("storage", b"storage") and isinstance(storage_type, StorageType)
 
 
 # --- Stand-ins for the functions that rebuild tensors
@@ -389,44 +393,33 @@ class SafeUnpickler:
     def _run_items(self, start: int) -> bool:
         """Does, each in one step, what puts items of a dict on the stack; False if something else is there."""
         self.pos = start
-        self._run_tensors()
-        self._run_versions()
+        self._run_each(_TENSOR_ITEM, self._tensor_of, 3)
+        self._run_each(_VERSION_ITEM, self._version_of, 1)
         return self.pos > start
 
-    def _run_tensors(self) -> None:
-        """Does all items that follow whose values are tensors."""
+    def _run_each(self, kind: re.Pattern[bytes], value_of: Callable[[Any, _Fetched], Any], num_puts: int) -> None:
+        """Does all items of one kind that follow; each puts so many things into the memo, its name among them."""
         data, memo, push, fetched = self._data, self._memo, self._stack.append, _Fetched(self._memo)
         size = len(memo)
-        while self._may_skip() and (item := _TENSOR_ITEM.match(data, self.pos)):
-            length, name, put, function, *call = item.groups()
-            if length[0] != len(name) or fetched[function] is not _tensor_v2:
-                return
-            tensor = self._rebuild(call, fetched)
-            if tensor is None:
+        while self._may_skip() and (item := kind.match(data, self.pos)):
+            length, name, put, *rest = item.groups()
+            if length[0] != len(name) or (value := value_of(rest, fetched)) is None:
                 return
             memo[_U32.unpack(put)[0]] = key = str(name, "utf-8", "surrogatepass")
             push(key)
-            push(tensor)
+            push(value)
             self.pos = item.end()
-            size += 3
+            size += num_puts
             if len(memo) != size:
                 raise _ReplacedError
 
-    def _run_versions(self) -> None:
-        """Does all items that follow whose values are ``{"version": number}``."""
-        data, memo, push = self._data, self._memo, self._stack.append
-        size = len(memo)
-        while self._may_skip() and (item := _VERSION_ITEM.match(data, self.pos)):
-            length, name, put, word, number = item.groups()
-            if length[0] != len(name) or type(version := memo[_number(word)]) is not str:
-                return
-            memo[_U32.unpack(put)[0]] = key = str(name, "utf-8", "surrogatepass")
-            push(key)
-            push({version: _number(number)})
-            self.pos = item.end()
-            size += 1
-            if len(memo) != size:
-                raise _ReplacedError
+    def _tensor_of(self, item: Sequence[Any], fetched: _Fetched) -> StoredTensor | Entry | None:
+        function, *call = item
+        return self._rebuild(call, fetched) if fetched[function] is _tensor_v2 else None
+
+    def _version_of(self, item: Sequence[Any], fetched: _Fetched) -> dict[str, int] | None:
+        word, number = item
+        return {fetched[word]: _number(number)} if type(fetched[word]) is str else None
 
     def _run_call(self, pos: int) -> bool:
         """Does in one step what the instructions of `_CALL` do, which rebuild a tensor; False if there are others."""
@@ -745,12 +738,9 @@ class _Fetched(dict[bytes, Any]):
     def __missing__(self, instructions: bytes) -> Any:
         """Looks it up: None for two that do not name a storage."""
         found = [self._memo[_number(get)] for get in re.findall(_GET, instructions, re.DOTALL)]
-        value = found[0] if len(found) == 1 else found[1] if self._is_storage(*found) else None
+        value = found[0] if len(found) == 1 else found[1] if _is_storage(*found) else None
         self[instructions] = value
         return value
-
-    def _is_storage(self, kind: Any, storage_type: Any) -> bool:
-        return kind in ("storage", b"storage") and isinstance(storage_type, StorageType)
 
 
 @lru_cache(maxsize=1 << 16)

@@ -179,9 +179,8 @@ class ZipArchive:
             if _USE_ZIP64 in (unpacked, packed, offset):
                 extra = directory[name_end : name_end + extra_len]
                 unpacked, packed, offset = self._widen(extra, (unpacked, packed, offset))
-            refusal = None if method == 0 and not flags & _ENCRYPTED else _refusal_of(method, flags)
-            member = Member(name, offset, unpacked, refusal)
-            if (packed != unpacked and refusal is None) or offset + packed > limit:
+            member = Member(name, offset, unpacked, _refusal_of(method, flags))
+            if (packed != unpacked and member.refusal is None) or offset + packed > limit:
                 raise self._corrupt(
                     f"{_shown(member)} before the zip directory at {limit}",
                     f"{packed} stored bytes of {unpacked} at {offset}",
@@ -244,8 +243,10 @@ class _Readahead:
         return self._data, start
 
 
-def _refusal_of(method: int, flags: int) -> str:
-    return "encrypted" if flags & _ENCRYPTED else f"compressed (zip method {method})"
+def _refusal_of(method: int, flags: int) -> str | None:
+    if flags & _ENCRYPTED:
+        return "encrypted"
+    return f"compressed (zip method {method})" if method != 0 else None
 
 
 def _shown(member: Member) -> str:

@@ -216,9 +216,7 @@ def record_fill(recorder: Recorder, func: Any, kwargs: dict[str, Any]) -> torch.
         return None
     op, numbers_of = FILLS[func]
     with torch._C._DisableTorchDispatch():
-        numbers = numbers_of(kwargs)
-        recipe = None if numbers is None else _filled((tensor, *numbers))
-        if numbers is None or recipe is None:
+        if (numbers := numbers_of(kwargs)) is None or (recipe := _filled((tensor, *numbers))) is None:
             return None
         generator = {"generator": kwargs.get("generator")}
         return recorder.tape.write_fill(traits_of(op), (tensor, *numbers), generator, recipe)

@@ -111,15 +111,12 @@ def _overlapping(tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> l
 def _spans(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[int, int, int]]:
     """Addresses of the first byte of each and of the end of its last one, and its number; of those with own memory."""
     for at, tensor in enumerate(tensors):
-        if type(tensor) in PLAIN_TYPES and tensor.layout is torch.strided:
-            start = tensor.data_ptr()  # 0 on the meta device, and where nothing is
-            if not start:
-                continue
-            if tensor.is_contiguous():
-                yield start, start + tensor.nbytes, at
-            else:
-                extent = layout_of(tuple(tensor.shape), tensor.stride()).extent
-                yield start, start + extent * tensor.itemsize, at
+        if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided:
+            continue
+        is_dense = tensor.is_contiguous()
+        numel = tensor.numel() if is_dense else layout_of(tuple(tensor.shape), tensor.stride()).extent
+        if start := tensor.data_ptr():  # 0 on the meta device, and where nothing is
+            yield start, start + numel * tensor.itemsize, at
 
 
 def _memory_key(tensor: torch.Tensor) -> object:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lightning_efficient_init.checkpoint import Entry, LazyTensor, Seal, map_leaves
+from lightning_efficient_init.garbage import collections_paused
 from lightning_efficient_init.load.load import stream
 from lightning_efficient_init.load.pipeline import Settings
 from lightning_efficient_init.load.replicas import Replicas
@@ -15,6 +16,7 @@ from lightning_efficient_init.load.report import Meter
 from lightning_efficient_init.sinks import sink_for
 
 
+@collections_paused()
 def read_tree(
     tree: Any, device: torch.device, settings: Settings | None = None, replicas: Replicas | None = None
 ) -> Any:
