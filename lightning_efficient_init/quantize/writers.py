@@ -138,9 +138,11 @@ def _scales(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 @cache
 def four_bit_code(quant_type: str, device: torch.device) -> Tensor:
-    """The values that four bits stand for."""
+    """The values that four bits stand for. Asked for before anything is quantized, or computed with."""
     with _float32_by_default():
         code: Tensor = get_4bit_type(quant_type, device=device)
+        if device.type == "cpu":  # there bitsandbytes' kernels keep tables as well, from their first call on
+            torch.ops.bitsandbytes.quantize_4bit.default(torch.zeros(2, device=device), 64, quant_type, torch.uint8)
     return code
 
 

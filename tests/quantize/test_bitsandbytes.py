@@ -18,6 +18,7 @@ from quantized_models import (
     by_bitsandbytes,
     quantizing_fabric,
 )
+from ranks import run_ranks
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -59,6 +60,30 @@ def test_a_weight_that_arrives_in_many_parts_has_the_same_values(mode, device, t
     layer = built(quantizing_fabric(mode, "bf16-true", device.type), lambda: nn.Linear(129, 257, bias=False))
     load_checkpoint(layer, tmp_path / "a.pth", strict=False)
     assert_quantized_as_by_bitsandbytes(layer, weight.to(device), mode)
+
+
+def _code_of_each(values, mode):
+    """The nearest of the values that four bits stand for, worked out element by element."""
+    scaled = values.view(-1, 64) / values.view(-1, 64).abs().amax(dim=1, keepdim=True)
+    code = bnb.functional.get_4bit_type(mode, device="cpu")
+    return code[(scaled.view(-1, 1) - code).abs().argmin(dim=1)]
+
+
+def _quantized_after_a_model_in_bf16(rank, mode, values):
+    built(quantizing_fabric(mode), Mixed)
+    packed = built(quantizing_fabric(mode, "32-true"), lambda: nn.Linear(64, len(values) // 64, bias=False)).weight
+    with torch.no_grad():
+        packed.copy_(values.view(-1, 64))
+    return torch.stack([packed.view(-1) >> 4, packed.view(-1) & 15], dim=1).view(-1).long()
+
+
+@pytest.mark.parametrize("mode", ["nf4", "fp4"])
+def test_the_dtype_of_the_first_model_in_a_process_is_not_that_of_its_tables(mode):
+    # bitsandbytes makes tables for the CPU when it first quantizes, in the default dtype of that moment
+    values = torch.randn(1 << 16)
+    (found,) = run_ranks(_quantized_after_a_model_in_bf16, 1, mode, values)
+    code = bnb.functional.get_4bit_type(mode, device="cpu")
+    assert torch.equal(code[found], _code_of_each(values, mode))
 
 
 @pytest.mark.parametrize("mode", PACKED)
