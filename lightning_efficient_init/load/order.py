@@ -7,7 +7,7 @@ counts. Here many threads copy at once, in the order of the file: what shares me
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -71,7 +71,7 @@ def order_writes(tensors: Mapping[str, torch.Tensor], binding: Binding) -> Write
     parts = {name: part for name in names if name not in dense and (part := part_of(tensors[name])) is not None}
     late: set[str] = set()
     dropped: set[str] = set()
-    for group in _overlapping(tensors, [name for name in names if name not in parts] if parts else names):
+    for group in _overlapping(tensors, [name for name in names if name not in parts] if parts else names, dense):
         first, *others = _last(group, lambda name: _memory_key(tensors[name]))
         late.update(others)
         dropped.update({*group} - {first, *others})
@@ -92,9 +92,9 @@ def _last(names: Sequence[str], key: Callable[[str], object]) -> list[str]:
     return [*reversed(last.values())]
 
 
-def _overlapping(tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> list[list[str]]:
+def _overlapping(tensors: Mapping[str, torch.Tensor], names: Sequence[str], dense: Set[str]) -> list[list[str]]:
     """Groups of names whose memory has bytes in common, each group in the order of ``names``."""
-    spans = sorted(_spans([tensors[name] for name in names]))
+    spans = sorted(_spans(tensors, names, dense))
     if all(before[1] <= after[0] for before, after in itertools.pairwise(spans)):
         return []  # as nearly always
     groups: list[list[int]] = []
@@ -108,15 +108,20 @@ def _overlapping(tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> l
     return [[names[at] for at in sorted(group)] for group in groups if len(group) > 1]
 
 
-def _spans(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[int, int, int]]:
+def _spans(
+    tensors: Mapping[str, torch.Tensor], names: Sequence[str], dense: Set[str]
+) -> Iterator[tuple[int, int, int]]:
     """Addresses of the first byte of each and of the end of its last one, and its number; of those with own memory."""
-    for at, tensor in enumerate(tensors):
-        if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided:
+    for at, name in enumerate(names):
+        tensor = tensors[name]
+        if name in dense:
+            num_bytes = tensor.nbytes
+        elif type(tensor) in PLAIN_TYPES and tensor.layout is torch.strided:
+            num_bytes = layout_of(tuple(tensor.shape), tensor.stride()).extent * tensor.itemsize
+        else:
             continue
-        is_dense = tensor.is_contiguous()
-        numel = tensor.numel() if is_dense else layout_of(tuple(tensor.shape), tensor.stride()).extent
         if start := tensor.data_ptr():  # 0 on the meta device, and where nothing is
-            yield start, start + numel * tensor.itemsize, at
+            yield start, start + num_bytes, at
 
 
 def _memory_key(tensor: torch.Tensor) -> object:

@@ -6,8 +6,8 @@ device copies from it at full speed. A thread reads into one slot while the devi
 event per slot says when it is free again. The ring is all the host memory that a load takes, whatever the checkpoint's
 size. All copies go through one CUDA stream, which keeps the link to the device busy by itself. With a dozen threads
 the GIL is what limits the rate: a lane makes as few calls per read as it can, none of which gives the GIL away for a
-moment only (copies are the driver's own calls), and each thread pins its own slots, while reads are still being planned
-and others already load.
+moment only (copies are the driver's own calls), and each thread pins its own slots when they are first needed, while
+reads are still being planned and others already load.
 
 If the target is on the CPU and nothing has to be cast, the ring is not used: ``preadv`` scatters straight from the
 page cache into the parameters.
@@ -205,9 +205,8 @@ class Transfer:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def _lane(self, number: int) -> _Lane:
-        if self._stream is not None:
-            return _CudaLane(self._stream, *self._ring.part(number))
-        return _StagedLane(self._device, *self._ring.part(number))
+        slots = self._ring.slots(number)
+        return _StagedLane(self._device, slots) if self._stream is None else _CudaLane(self._stream, slots)
 
     def _work(self, lane: _Lane) -> None:
         try:
@@ -251,14 +250,14 @@ class _Ring:
         if hasattr(mmap, "MADV_HUGEPAGE") and slot_bytes >= _HUGE_PAGE_BYTES:
             self._map.madvise(mmap.MADV_HUGEPAGE)
 
-    def part(self, lane: int) -> tuple[torch.Tensor, list[_Slot]]:
-        """One lane's part of the ring, and its slots."""
-        num_bytes = SLOTS_PER_THREAD * self._slot_bytes
-        start = lane * num_bytes
-        whole = torch.frombuffer(self._map, dtype=torch.uint8, count=num_bytes, offset=start)
-        view = memoryview(self._map)[start : start + num_bytes]
-        slots = [slice(i * self._slot_bytes, (i + 1) * self._slot_bytes) for i in range(SLOTS_PER_THREAD)]
-        return whole, [_Slot(whole[slot], view[slot]) for slot in slots]
+    def slots(self, lane: int) -> list[_Slot]:
+        """One lane's slots."""
+        return [self._slot(lane * SLOTS_PER_THREAD + number) for number in range(SLOTS_PER_THREAD)]
+
+    def _slot(self, number: int) -> _Slot:
+        start, num_bytes = number * self._slot_bytes, self._slot_bytes
+        tensor = torch.frombuffer(self._map, dtype=torch.uint8, count=num_bytes, offset=start)
+        return _Slot(tensor, memoryview(self._map)[start : start + num_bytes])
 
 
 class _Slot:
@@ -269,6 +268,7 @@ class _Slot:
 
     def __init__(self, tensor: torch.Tensor, memory: memoryview) -> None:
         self.address = tensor.data_ptr()
+        self.num_bytes = tensor.numel()
         self._tensor = tensor
         self._memory = memory
         self._views: dict[tuple[int, int], torch.Tensor] = {}
@@ -346,10 +346,9 @@ class _Lane:
 class _StagedLane(_Lane):
     """A lane that reads into slots and copies from there, casting if need be."""
 
-    def __init__(self, device: torch.device, whole: torch.Tensor, slots: list[_Slot]) -> None:
+    def __init__(self, device: torch.device, slots: Sequence[_Slot]) -> None:
         super().__init__()
         self._device = device
-        self._whole = whole
         self._slots = slots
         self._turn = 0
 
@@ -360,10 +359,10 @@ class _StagedLane(_Lane):
             return
         self._turn = (self._turn + 1) % SLOTS_PER_THREAD
         slot, start = self._slots[self._turn], 0 if read.row_bytes else read.offset % PAGE_BYTES
-        self._wait_for_slot()
+        self._wait_for(slot)
         self._fill([slot.memory(start, read.num_bytes)], read)
         self._copy(slot, start, read)
-        self._release_slot()
+        self._release(slot)
         self.bytes_read += read.num_bytes
 
     def _copy(self, slot: _Slot, start: int, read: Read) -> None:
@@ -378,39 +377,34 @@ class _StagedLane(_Lane):
             raw = slot.view(start - lead, num_bytes).to(self._device, non_blocking=True)
             _distribute(raw, read.offset - lead, read.segments)
 
-    def _wait_for_slot(self) -> None:
+    def _wait_for(self, slot: _Slot) -> None:
         """Nothing to wait for where copies are synchronous."""
 
-    def _release_slot(self) -> None:
+    def _release(self, slot: _Slot) -> None:
         """Nothing to note where copies are synchronous."""
 
 
 class _CudaLane(_StagedLane):
     """A staged lane with pinned slots, and an event per slot that says when it is free again."""
 
-    def __init__(self, stream: torch.cuda.Stream, whole: torch.Tensor, slots: list[_Slot]) -> None:
-        super().__init__(stream.device, whole, slots)
+    def __init__(self, stream: torch.cuda.Stream, slots: Sequence[_Slot]) -> None:
+        super().__init__(stream.device, slots)
         self._stream = stream
-        self._events = [torch.cuda.Event() for _ in slots]
-        self._is_pinned = False
+        self._events: dict[_Slot, torch.cuda.Event] = {}  # of slots that have been used
+        self._pinned: set[_Slot] = set()
 
     def __enter__(self) -> _Lane:
         torch.cuda.set_stream(self._stream)  # of this thread, which ends with the load
-        start, num_bytes = self._whole.data_ptr(), self._whole.numel()
-        # to pin memory that is there takes a fraction of the time, which all threads spend one after the other
-        ctypes.memset(start, 0, num_bytes)
-        # where the system forbids it (a small limit of locked memory), copies are slower, not wrong
-        self._is_pinned = int(torch.cuda.cudart().cudaHostRegister(start, num_bytes, 0)) == 0
         return self
 
     def __exit__(self, *_: object) -> None:
         super().__exit__()
         self._stream.synchronize()
-        if self._is_pinned:
-            torch.cuda.cudart().cudaHostUnregister(self._whole.data_ptr())
+        for slot in self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(slot.address)
 
     def _copy(self, slot: _Slot, start: int, read: Read) -> None:
-        copy = copy_to_device() if self._is_pinned and all(segment.is_raw for segment in read.segments) else None
+        copy = copy_to_device() if slot in self._pinned and all(segment.is_raw for segment in read.segments) else None
         if copy is None:
             super()._copy(slot, start, read)
             return
@@ -420,11 +414,22 @@ class _CudaLane(_StagedLane):
                 super()._copy(slot, start, read)  # torch says what is wrong
                 return
 
-    def _wait_for_slot(self) -> None:
-        self._events[self._turn].synchronize()
+    def _wait_for(self, slot: _Slot) -> None:
+        if slot in self._events:
+            self._events[slot].synchronize()
+        else:
+            self._events[slot] = torch.cuda.Event()
+            self._pin(slot)
 
-    def _release_slot(self) -> None:
-        self._events[self._turn].record(self._stream)
+    def _pin(self, slot: _Slot) -> None:
+        # to pin memory that is there takes a fraction of the time, which all threads spend one after the other
+        ctypes.memset(slot.address, 0, slot.num_bytes)
+        # where the system forbids it (a small limit of locked memory), copies are slower, not wrong
+        if int(torch.cuda.cudart().cudaHostRegister(slot.address, slot.num_bytes, 0)) == 0:
+            self._pinned.add(slot)
+
+    def _release(self, slot: _Slot) -> None:
+        self._events[slot].record(self._stream)
 
 
 def _copy(raw: torch.Tensor, segment: Segment, *, non_blocking: bool) -> None:
