@@ -29,13 +29,13 @@ def _allocate_empty(recipe: Recipe, tensors: list[torch.Tensor]) -> list[torch.T
     """Give memory, and keep the recipe at hand; returns who is to carry the canary."""
     if recipe.form is not None:
         tensors = [t for t in tensors if isinstance(t, torch.nn.Parameter)]
-    refs = [Ref.to(tensor, recipe) for tensor in tensors]
-    if recipe.form is None:
-        parameter.give_memory(tensors, torch.UntypedStorage(recipe.num_bytes, device=recipe.device))
-    else:
-        for tensor in tensors:
+    storage = torch.UntypedStorage(recipe.num_bytes, device=recipe.device) if recipe.form is None else None
+    for tensor in tensors:
+        ref = Ref.to(tensor, recipe)
+        if recipe.form is not None:
             recipe.form.allocate(tensor, recipe.device)
-    for tensor, ref in zip(tensors, refs, strict=True):
+        elif storage is not None:
+            parameter.show(tensor, ref, storage)
         kept.keep(tensor, ref)
     return tensors[:1]
 

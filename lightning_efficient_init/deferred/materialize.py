@@ -149,12 +149,12 @@ def fill_empty(tensors: Sequence[torch.Tensor]) -> None:
         refresh(tensors)
 
 
-def seeds(model: torch.nn.Module) -> list[torch.Tensor]:
+def seeds(model: torch.nn.Module) -> list[streams.State]:
     """States of the generators from which the recipes that are left in ``model`` draw, in order."""
     return [stream.states[0] for stream in streams.sources(_operations_left(model))]
 
 
-def reseed(model: torch.nn.Module, states: Sequence[torch.Tensor]) -> None:
+def reseed(model: torch.nn.Module, states: Sequence[streams.State]) -> None:
     """Let the recipes that are left in ``model`` draw from other states: those `seeds` gave for an equal model."""
     streams.restart(_operations_left(model), states)
 

@@ -46,17 +46,24 @@ def undisturbed() -> Iterator[None]:
 
 
 def give_memory(tensors: Iterable[torch.Tensor], storage: torch.UntypedStorage) -> None:
-    """Put deferred tensors that share memory on the real ``storage``, or in their form if they have one."""
-    with torch._C.DisableTorchFunction(), torch.no_grad():
-        for tensor in tensors:
-            recipe = recipe_of(tensor)
-            assert recipe is not None
-            values = Ref.to(tensor, recipe).on(storage)
-            if recipe.form is None:
-                unguard(tensor)
-                exchange(tensor, values)
-            elif isinstance(tensor, torch.nn.Parameter):  # what else shared its memory stays deferred
-                recipe.form.write(tensor, values)
+    """Put deferred tensors that share memory on the real ``storage``, or in their form if they have one.
+
+    To be called `undisturbed`, as `show` is.
+    """
+    for tensor in tensors:
+        recipe = recipe_of(tensor)
+        assert recipe is not None
+        ref = Ref.to(tensor, recipe)
+        if recipe.form is None:
+            show(tensor, ref, storage)
+        elif isinstance(tensor, torch.nn.Parameter):  # what else shared its memory stays deferred
+            recipe.form.write(tensor, ref.on(storage))
+
+
+def show(tensor: torch.Tensor, ref: Ref, storage: torch.UntypedStorage) -> None:
+    """Let a deferred tensor, which is ``ref``, show that window of the real ``storage``."""
+    unguard(tensor)
+    exchange(tensor, ref.on(storage))
 
 
 def guard(tensor: torch.Tensor) -> None:
@@ -280,7 +287,8 @@ def bind(tensor: torch.Tensor) -> None:
     assert recipe is not None
     aliases = [t for t in living(recipe.aliases) if recipe_of(t) is recipe]
     storage = memory_for(tensor, recipe, is_overwritten=True)
-    give_memory({id(t): t for t in (*aliases, tensor)}.values(), storage)
+    with undisturbed():
+        give_memory({id(t): t for t in (*aliases, tensor)}.values(), storage)
 
 
 def memory_for(tensor: torch.Tensor, recipe: Recipe, *, is_overwritten: bool) -> torch.UntypedStorage:

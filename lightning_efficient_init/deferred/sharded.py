@@ -27,7 +27,7 @@ from lightning_efficient_init.deferred.arguments import map_tensors
 from lightning_efficient_init.deferred.engines import window_of
 from lightning_efficient_init.deferred.recipe import Op, Recipe, Ref, operations_for
 from lightning_efficient_init.deferred.replay import Replay
-from lightning_efficient_init.deferred.streams import Stream
+from lightning_efficient_init.deferred.streams import State, Stream
 from lightning_efficient_init.errors import DeferredInitError
 from lightning_efficient_init.rendezvous import exchange, is_alone
 
@@ -122,18 +122,16 @@ def _agree_on_streams(ops: list[Op], device: torch.device, group: Any) -> None:
     theirs = _from_first(list(zip(map(_known_states, streams), elsewhere, strict=True)), group)
     if distributed.get_rank(group) == 0:
         return
-    for stream, ((places, states), there) in zip(streams, theirs, strict=True):
+    for stream, (states, there) in zip(streams, theirs, strict=True):
         stream._twins.clear()
-        stream.states = dict(zip(places, states, strict=True))
+        stream.states = states
         stream.elsewhere = {} if there is None else {device: there}
 
 
-def _known_states(stream: Stream) -> tuple[list[int], torch.Tensor | tuple[()]]:
+def _known_states(stream: Stream) -> dict[int, State]:
     """Where the generator stood: all that is known if states are small, else where the stream starts."""
     known = sorted(stream.states.items())
-    if known and stream.generator.device.type == "cpu":
-        known = known[:1]
-    return [place for place, _ in known], torch.stack([state for _, state in known]) if known else ()
+    return dict(known[:1] if stream.generator.device.type == "cpu" else known)
 
 
 def _streams(ops: Iterable[Op]) -> Iterator[Stream]:

@@ -46,7 +46,7 @@ def test_draws_of_ordinary_fills_are_known_without_running_them(fill, dtype):
     with deferred_init():
         filled = [fill(torch.empty(size, dtype=dtype)) for size in sizes]
         draws = [recipe_of(tensor).ops[-1].draw for tensor in filled]
-        assert all(draw.stream.draws[draw.index] is not None for draw in draws)
+        assert all(draw.stream.num_draws(draw.index) is not None for draw in draws)
     torch.manual_seed(3)
     with deferred_init():
         for size in sizes:
