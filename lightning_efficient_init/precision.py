@@ -113,6 +113,8 @@ class EfficientInit(trainer_precision.Precision):
             QuantizationError: There is nothing to quantize, or ``skip_modules`` names what is not there.
         """
         self._module = weakref.ref(module)
+        if getattr(self._delegate, "device", self._device_type()) != self._device_type():
+            self._delegate = None  # it was asked for before the model had a device
         if (dtype := _TRUE_DTYPES.get(self.precision)) is not None:
             cast_module(module, dtype)
         if self._quantizer is not None:

@@ -57,6 +57,7 @@ class Answers(TorchFunctionMode):
             answer = _applicable(answer, func, args, kwargs)
             if answer is not None:
                 return answer(self._recorder, func, args, kwargs)
+        self._recorder.autocast = _autocast_devices()
         is_last, kwargs = _below(func, kwargs)
         if is_last and func is torch.empty and (made := record_empty(self._recorder, args, kwargs)) is not None:
             return made
@@ -75,6 +76,13 @@ def _applicable(answer: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str,
         if answer is not None and target is not None and (answer in _ON_REAL_TOO or is_deferred(target)):
             return answer
         return _into if is_deferred(kwargs.get("out")) and func in _device_constructors() else None
+
+
+def _autocast_devices() -> tuple[str, ...]:
+    """For which devices autocast is on; where operations reach kernels nobody can tell any more."""
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        return tuple(device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device))
+    return ()
 
 
 _known_modes: set[type[TorchFunctionMode]] = {DeviceContext, Answers}  # the latter of the same recording
@@ -257,12 +265,30 @@ def _to_like(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[
     return func(*args, **kwargs)
 
 
+def _get_item(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``t[[0, 2]]``: lists as real tensors, which else would be made (and lost) on the meta device."""
+    target, index = args
+    index = _with_real_lists(index)
+    with torch._C.DisableTorchFunction():
+        out = func(target, index)
+        recorder.track(out)
+    return out
+
+
 def _set_item(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """``t[index] = 0``: the number as a real tensor, which else would be made (and lost) on the meta device."""
+    """``t[index] = 0``: numbers and lists as real tensors, which else would be made (and lost) on the meta device."""
     target, index, value = args
     if isinstance(value, bool | int | float | complex):
         value = torch.tensor(value, dtype=target.dtype, device=CPU)
-    func(target, index, value)
+    func(target, _with_real_lists(index), value)
+
+
+def _with_real_lists(index: Any) -> Any:
+    """An index with tensors in the place of lists of numbers."""
+    if isinstance(index, tuple):
+        return tuple(_with_real_lists(item) for item in index)
+    is_list = type(index) is list and all(isinstance(item, int) for item in index)
+    return torch.tensor(index, device=CPU) if is_list else index
 
 
 def _new(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -344,6 +370,7 @@ _ANSWERS: dict[Any, Any] = {
     _T.type_as: _to_like,
     _T.new: _new,
     _T.new_tensor: _new,
+    _T.__getitem__: _get_item,
     _T.__setitem__: _set_item,
     _T.cpu: _to_own_device,
     _T.cuda: _to_own_device,

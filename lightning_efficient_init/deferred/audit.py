@@ -29,13 +29,13 @@ def _allocate_empty(recipe: Recipe, tensors: list[torch.Tensor]) -> list[torch.T
     """Give memory, and keep the recipe at hand; returns who is to carry the canary."""
     if recipe.form is not None:
         tensors = [t for t in tensors if isinstance(t, torch.nn.Parameter)]
-    storage = torch.UntypedStorage(recipe.num_bytes, device=recipe.device) if recipe.form is None else None
-    for tensor in tensors:
-        ref = Ref.to(tensor, recipe)
-        if recipe.form is not None:
+    refs = {tensor: Ref.to(tensor, recipe) for tensor in tensors}
+    if recipe.form is None:
+        parameter.show(refs, torch.UntypedStorage(recipe.num_bytes, device=recipe.device))
+    else:
+        for tensor in tensors:
             recipe.form.allocate(tensor, recipe.device)
-        elif storage is not None:
-            parameter.show(tensor, ref, storage)
+    for tensor, ref in refs.items():
         kept.keep(tensor, ref)
     return tensors[:1]
 
@@ -53,15 +53,14 @@ def keep(tensor: torch.Tensor, ref: Ref) -> bool:
 
 def fill(tensor: torch.Tensor, whole: torch.Tensor) -> None:
     """Write the values of an allocated tensor, or of this rank's part of it."""
-    form = kept.window_of(tensor).recipe.form
-    kept.forget(tensor)
-    part = part_of(tensor)
+    form, part = kept.window_of(tensor).recipe.form, part_of(tensor)
     if form is not None:
         form.write(tensor, whole)
     elif part is None:
         tensor.detach().copy_(whole)
     else:
         part.memory.copy_(part.take(whole))
+    kept.forget(tensor)
 
 
 def uninitialized_parameters(model: torch.nn.Module) -> list[str]:

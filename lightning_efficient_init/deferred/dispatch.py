@@ -16,6 +16,7 @@ from lightning_efficient_init.deferred.arguments import (
     device_of,
     indexed,
     is_deferred,
+    is_strided,
     map_tensors,
     recorded_device,
     tensors_in,
@@ -27,6 +28,7 @@ from lightning_efficient_init.deferred.initializers import FILLS
 from lightning_efficient_init.deferred.operators import LIKE, Traits, traits_of
 from lightning_efficient_init.deferred.recipe import Op, Recipe, Ref, recipe_of
 from lightning_efficient_init.deferred.replay import evaluate
+from lightning_efficient_init.deferred.tape import as_list
 from lightning_efficient_init.deferred.wording import refusal
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ aten = torch.ops.aten
 _NUMBERS = (int, float, bool)
 _MOST_NUMBERS = 4
 _PLAIN_OPTIONS = {"dtype", "device", "pin_memory"}
+_NEVER_CAST = {aten.clone.default, aten._to_copy.default}
 
 
 class Dispatch(TorchDispatchMode):
@@ -131,9 +134,17 @@ class Dispatch(TorchDispatchMode):
             if traits.is_in_place:
                 raise
             return self._forced(traits, args, kwargs)
+        if self._recorder.autocast and not written and self._may_cast(traits, args, kwargs, out):
+            raise refusal(str(traits.func), "autocast is on, and casts nothing that has no memory yet")
         self._tape.write_deferred(traits, args, kwargs, written, out)
         self._recorder.track(out)
         return out
+
+    def _may_cast(self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> bool:
+        """Whether autocast might cast for an operation, which made ``out``, if it ran for real."""
+        if traits.func in _NEVER_CAST or recorded_device(args, kwargs).type not in self._recorder.autocast:
+            return False
+        return any(is_strided(t) and t.is_floating_point() and recipe_of(t) is None for t in as_list(out))
 
     def _check_recipes(self, traits: Traits, tensors: list[torch.Tensor]) -> None:
         for tensor in tensors:

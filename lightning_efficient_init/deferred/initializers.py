@@ -26,7 +26,7 @@ def _kaiming_bounds(options: Mapping[str, Any]) -> Numbers | None:
     return _bounds(options["tensor"].shape, *rest) if all(isinstance(value, _PLAIN) for value in rest) else None
 
 
-@lru_cache(maxsize=4096)  # of many layers, most have the shape of another one
+@lru_cache(maxsize=4096, typed=True)  # of many layers, most have the shape of another one; True is no slope
 def _bounds(shape: tuple[int, ...], a: float, mode: str, nonlinearity: str) -> Numbers | None:
     """The bounds that torch works out for a tensor of this shape; None if it does something else with it, or fails."""
     tensor = torch.empty(shape, device=META).as_subclass(_Notes)

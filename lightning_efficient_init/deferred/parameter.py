@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from types import FrameType
@@ -34,8 +34,17 @@ def exchange(tensor: torch.Tensor, data: torch.Tensor) -> None:
     as views are exchanged together with their base.
     """
     requires_grad = tensor.requires_grad
-    fresh = torch.Tensor._make_subclass(type(tensor), data, requires_grad and _differentiable(data))
+    _become(tensor, torch.Tensor._make_subclass(type(tensor), data, requires_grad and _differentiable(data)))
+
+
+def _become(tensor: torch.Tensor, fresh: torch.Tensor) -> None:
+    """Let the object ``tensor`` be what ``fresh`` is, but for the hooks on its gradient, which it keeps."""
+    hooks, later = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
     torch._C._swap_tensor_impl(tensor, fresh)
+    if hooks:
+        tensor._backward_hooks = hooks
+    if later:
+        tensor._post_accumulate_grad_hooks = later
 
 
 @contextmanager
@@ -50,20 +59,34 @@ def give_memory(tensors: Iterable[torch.Tensor], storage: torch.UntypedStorage) 
 
     To be called `undisturbed`, as `show` is.
     """
+    refs: dict[torch.Tensor, Ref] = {}
     for tensor in tensors:
         recipe = recipe_of(tensor)
         assert recipe is not None
         ref = Ref.to(tensor, recipe)
         if recipe.form is None:
-            show(tensor, ref, storage)
+            refs[tensor] = ref
         elif isinstance(tensor, torch.nn.Parameter):  # what else shared its memory stays deferred
             recipe.form.write(tensor, ref.on(storage))
+    show(refs, storage)
 
 
-def show(tensor: torch.Tensor, ref: Ref, storage: torch.UntypedStorage) -> None:
-    """Let a deferred tensor, which is ``ref``, show that window of the real ``storage``."""
-    unguard(tensor)
-    exchange(tensor, ref.on(storage))
+def show(refs: Mapping[torch.Tensor, Ref], storage: torch.UntypedStorage) -> None:
+    """Let deferred tensors show their windows of the real ``storage``. Views of others of them pass on gradients."""
+    bases: dict[torch.Tensor, torch.Tensor] = {}
+    if len(refs) > 1:
+        bases = {t: base for t in refs if t.grad_fn is not None and (base := t._base) is not None and base in refs}
+    for tensor, ref in refs.items():
+        unguard(tensor)
+        if tensor not in bases:
+            exchange(tensor, ref.on(storage))
+    for tensor, base in bases.items():
+        ref = refs[tensor]
+        if ref.dtype == base.dtype:
+            with torch.enable_grad():
+                _become(tensor, base.as_strided(ref.size, ref.stride, ref.offset))
+        else:
+            exchange(tensor, ref.on(storage))
 
 
 def guard(tensor: torch.Tensor) -> None:

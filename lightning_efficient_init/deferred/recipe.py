@@ -70,6 +70,7 @@ class Op:
         overwrites: It replaces everything in ``writes[0]`` without reading it: what was there before is dead.
         is_load: It takes values from outside of the recording.
         draw: Where in a generator's stream its random numbers start.
+        default_dtype: What ``torch.get_default_dtype()`` was: integers become that in some operations.
         order: Its place among all operations recorded in this process.
     """
 
@@ -83,6 +84,7 @@ class Op:
     overwrites: bool = False
     is_load: bool = False
     draw: Any = None
+    default_dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
     order: int = field(default_factory=_orders.__next__)
 
 
@@ -144,7 +146,7 @@ def recipe_of(tensor: torch.Tensor) -> Recipe | None:
     """The recipe of the memory that ``tensor`` shows, if it has one."""
     try:
         storage = tensor.untyped_storage()
-    except (NotImplementedError, RuntimeError):  # sparse, nested and wrapper tensors have none
+    except (NotImplementedError, RuntimeError, ValueError):  # sparse, nested, wrapper and lazy tensors have none
         return None
     return storage.__dict__.get(_ATTRIBUTE)
 

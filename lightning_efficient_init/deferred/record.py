@@ -25,6 +25,10 @@ What it costs, and where exactness ends
     not for the CPU they run on its values, and a parameter made of the result is real from the start.
     The garbage collector waits until the recording ends: it took a fifth of the time, and a full pass over all imported
     libraries, a quarter of a second, may fall into any recording. What is deferred has no memory that it could free.
+    What was computed from a parameter, and kept, has its value, but no way back to it for gradients. A view has.
+    Where autocast is on, arithmetic with deferred tensors is refused: it would pass over them.
+    A generator's state that is read while recording (``get_rng_state``) names a place in this recording, and means
+    nothing outside of it. What another thread makes or writes in the meantime is its own: it is not recorded.
     A NumPy array given to ``torch.from_numpy`` is copied up to 1 MiB, so writing to the array later is not seen.
     Values from outside (a checkpoint) in a parameter make it *loaded*: `empty_init` gives it memory and values.
     A sharded version of an *empty* parameter takes its recipe along only if a strategy of this package made it. A deep
@@ -175,6 +179,7 @@ class Recorder:
 
     Attributes:
         paused: New tensors and parameters are real for now.
+        autocast: For which kinds of devices autocast was on when the latest function was called.
         tape: Writes operations down.
         recurrent: Recurrent layers that wanted their weights in one piece.
         is_postponed: What is recorded is going to be sharded before it gets memory.
@@ -184,6 +189,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.paused = False
+        self.autocast: tuple[str, ...] = ()
         self.is_postponed = False
         self.tape = Tape()
         self.recurrent: list[weakref.ref[torch.nn.RNNBase]] = []

@@ -7,8 +7,8 @@ place in their generator's stream through a `Cursor`, so it does not matter whic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -62,6 +62,7 @@ class Replay:
         self._stack.enter_context(torch._C.DisableTorchFunction())
         self._stack.enter_context(_disable_current_modes())
         self._stack.enter_context(torch.no_grad())
+        self._stack.enter_context(torch._C._DisableAutocast())  # which has cast already, when this was recorded
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -142,7 +143,9 @@ class Replay:
             kwargs["device"] = self._place(op.device)
         if kwargs.get("generator") is not None and generator is not None:
             kwargs["generator"] = generator
-        self._store(op, op.func(*args, **kwargs))
+        with _default_dtype(op):
+            result = op.func(*args, **kwargs)
+        self._store(op, result)
 
     def _store(self, op: Op, result: Any) -> None:
         results = result if isinstance(result, tuple | list) else (result,)
@@ -166,6 +169,20 @@ class Replay:
 
     def _place(self, device: torch.device) -> torch.device:
         return device if self._device is None else self._device
+
+
+@contextmanager
+def _default_dtype(op: Op) -> Iterator[None]:
+    """The default dtype of when ``op`` was recorded; no longer than it takes, as it is that of all threads."""
+    before = torch.get_default_dtype()
+    if op.default_dtype == before or traits_of(op.func).is_fill:
+        yield
+        return
+    torch.set_default_dtype(op.default_dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _last_uses(ops: list[Op]) -> dict[int, list[Recipe]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from typing import Any
 
@@ -12,6 +13,7 @@ from lightning_efficient_init.deferred.materialize import fill_empty, initialize
 from lightning_efficient_init.errors import shorten
 
 _MOST_NAMES = 10
+_lock = threading.RLock()
 
 
 class UninitializedParameterWarning(UserWarning):
@@ -59,13 +61,19 @@ class _Watch:
 
     def _look(self, module: torch.nn.Module) -> None:
         root = module if self._root is None else self._root
-        if _is_lent(root):
-            return
-        whole, part = audit.unwritten(root)
-        audit.check_recipes(root, whole)
-        self._is_done = self._root is not None
-        self._remove(root, module)
-        _initialize(root, whole, part)
+        with _lock:
+            if self._is_done:
+                return  # another thread has looked meanwhile
+            own, is_lent = _own_parameters(root)
+            if is_lent and not own:
+                return
+            whole, part = ([name for name in names if name in own] for names in audit.unwritten(root))
+            audit.check_recipes(root, whole)
+            _initialize(root, whole)
+            if not is_lent:
+                self._is_done = self._root is not None
+                self._remove(root, module)
+        _warn(whole, part)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Watch:
         if id(self) not in memo:
@@ -90,19 +98,24 @@ def _drop(hooks: dict[int, Any], hook: _Watch) -> None:
         del hooks[key]
 
 
-def _is_lent(model: torch.nn.Module) -> bool:
-    """Whether other tensors stand in for the parameters, as in `torch.func.functional_call`: it is not used itself."""
-    tensors = (t for module in model.modules() for t in module._parameters.values() if t is not None)
-    return not all(isinstance(tensor, torch.nn.Parameter) for tensor in tensors)
+def _own_parameters(model: torch.nn.Module) -> tuple[set[str], bool]:
+    """Names of the model's parameters, and whether other tensors stand in for some, as in `functional_call`."""
+    named = dict(model.named_parameters())
+    own = {name for name, tensor in named.items() if isinstance(tensor, torch.nn.Parameter)}
+    return own, len(own) < len(named)
 
 
-def _initialize(model: torch.nn.Module, whole: list[str], part: list[str]) -> None:
-    """Initialize what nobody has written, and warn of it and of what somebody has written in part."""
-    copies = audit.empty_copies(model, whole)
-    initialize(model, whole)
+def _initialize(model: torch.nn.Module, names: list[str]) -> None:
+    """Initialize what nobody has written."""
+    copies = audit.empty_copies(model, names)
+    initialize(model, names)
     fill_empty(copies)
     for param in model.parameters():
         kept.forget(param)
+
+
+def _warn(whole: list[str], part: list[str]) -> None:
+    """Tell of parameters that were initialized, and of those that somebody has written in part."""
     messages = []
     if whole:
         messages.append(

@@ -90,7 +90,6 @@ def is_conv1d(module: Module) -> bool:
     return library is not None and type(module) is library.Conv1D
 
 
-@cache
 def _is_plain_linear(cls: Any) -> bool:
     """A subclass of Linear that loads, saves or moves its weight by code of its own is left to itself."""
     if not issubclass(cls, nn.Linear) or cls.forward is not nn.Linear.forward:
@@ -133,15 +132,16 @@ def _read_by(path: str, parent: Module) -> Iterator[tuple[str, Module]]:
     """Children of ``parent`` whose weight its forward reads, each with a word for the parent."""
     if isinstance(parent, nn.TransformerEncoderLayer):
         return  # it reads them on its fast path, which it does not take if they are of a class of their own
-    for name in _weights_read(_class(parent)):
+    cls = _class(parent)
+    for name in _weights_read(cls, cls.forward):
         child = parent._modules.get(name)
         if child is not None:
             yield f"{path or 'the model'} ({type(parent).__name__})", child
 
 
 @cache
-def _weights_read(cls: Any) -> frozenset[str]:
-    """Names of attributes whose ``.weight`` is read in ``forward``, or in methods that it may call."""
+def _weights_read(cls: Any, forward: Any) -> frozenset[str]:
+    """Names of attributes whose ``.weight`` is read in ``forward``, which may be replaced, or in what it may call."""
     methods = _methods(cls)
     waiting, seen, read = ["forward"], set(), set()
     while waiting:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -166,6 +168,60 @@ def test_first_use_initializes_what_nobody_wrote_and_warns_once(use, device):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         use(found, device)
+
+
+def test_a_first_use_that_fails_is_not_the_last_to_look():
+    with empty_init():
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        model[1].bias = nn.Parameter(torch.randn(1 << 45)[:2].clone())  # more than there is memory
+    watch(model)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="allocate"):
+            model(torch.ones(1, 3))
+        assert "1.bias" in uninitialized_parameters(model)
+    model[1].bias.data.fill_(0)
+    model(torch.ones(1, 3))
+    assert_unwatched(model)
+
+
+def test_threads_that_use_a_model_at_once_wait_for_its_initialization():
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(*[nn.Linear(300, 300) for _ in range(12)])
+
+        def forward(self, x):
+            return self.layers(x).sum().item()
+
+    torch.manual_seed(5)
+    expected = Deep()(torch.ones(1, 300))
+    torch.manual_seed(5)
+    with empty_init():
+        model = Deep()
+    watch(model)
+    start = threading.Barrier(4)
+
+    def use(_):
+        start.wait()
+        return model(torch.ones(1, 300))
+
+    with pytest.warns(UninitializedParameterWarning), ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(use, range(4)))
+    assert found == [expected] * 4
+
+
+def test_parameters_beside_those_that_are_lent_are_initialized():
+    found, expected = build()
+    watch(found)
+    lent = {"embedding.weight": torch.ones(20, 6)}  # and with it head.weight
+    tokens = torch.arange(5)
+    with pytest.warns(UninitializedParameterWarning, match="5 parameters") as caught:
+        output = torch.func.functional_call(found.eval(), lent, (tokens,))
+    assert len(caught) == 1
+    assert torch.equal(output, torch.func.functional_call(expected.eval(), lent, (tokens,)))
+    with pytest.warns(UninitializedParameterWarning, match="1 parameters .*embedding.weight"):
+        assert torch.equal(found(tokens), expected(tokens))
+    assert_unwatched(found)
 
 
 def test_a_parameter_written_in_part_is_reported():

@@ -123,6 +123,20 @@ def scaled_by_depth():
     return layers
 
 
+def written_by_lists():
+    layer = nn.Linear(6, 7)
+    layer.weight.data[[0, 2]] = 0.0
+    layer.weight.data[[0, 2], [1, 1]] = torch.ones(2)
+    layer.weight.data[:, [False, True, False, False, False, True]] = layer.weight.data[:, [0, 0]]
+    return layer
+
+
+def measured():
+    model = nn.Sequential(nn.Linear(3, 5), nn.LazyLinear(4))
+    model(torch.ones(2, 3))
+    return model
+
+
 class MeasuresItself(nn.Module):
     def __init__(self):
         super().__init__()
@@ -168,6 +182,8 @@ IDIOMS = {
     "fourier": lambda: holder(w=nn.Parameter(torch.fft.rfft(torch.randn(16)).abs())),
     "cumulative": lambda: holder(w=nn.Parameter(torch.rand(9).cumsum(0)), b=torch.rand(9).argsort()),
     "nested lists": lambda: holder(x=[{"a": torch.rand(3)}, (torch.zeros(2), [torch.randn(20)])]),
+    "indexed by lists": lambda: holder(w=nn.Parameter(torch.randn(9, 3)[[3, 1, 2]]), v=written_by_lists()),
+    "measured by a forward": measured,
     "requires_grad of a plain tensor": lambda: holder(x=torch.randn(5, requires_grad=True)),
 }
 

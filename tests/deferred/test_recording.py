@@ -12,8 +12,43 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_efficient_init.deferred import deferred_init, eager, has_recipe, is_deferred, materialize
+from lightning_efficient_init import load_checkpoint
+from lightning_efficient_init.deferred import (
+    deferred_init,
+    eager,
+    empty_init,
+    has_recipe,
+    initialize,
+    is_deferred,
+    materialize,
+)
 from lightning_efficient_init.errors import DeferredParameterError, UnrecordableError
+
+
+def built_deferred(make, path):
+    with deferred_init():
+        return materialize(make())
+
+
+def built_empty(make, path):
+    with empty_init():
+        model = make()
+    initialize(model)
+    return model
+
+
+def loaded_empty(make, path):
+    with empty_init():
+        model = make()
+    load_checkpoint(model, path)
+    return model
+
+
+def loaded_deferred(make, path):
+    with deferred_init():
+        model = make()
+    load_checkpoint(model, path)
+    return model
 
 
 class EverythingAtOnce(nn.Module):
@@ -115,6 +150,48 @@ def test_the_default_dtype_is_the_one_at_construction(dtype, device, same_as_eag
     assert found[0].weight.dtype == dtype
 
 
+class Counts(nn.Module):
+    """Integers that become numbers of the default dtype, in operations of several kinds."""
+
+    def __init__(self):
+        super().__init__()
+        steps = torch.arange(1, 513)
+        self.divided, self.scaled = nn.Parameter(steps / 7), nn.Parameter(steps * 0.3)
+        self.log = nn.Parameter(torch.log(steps))
+        self.compared = nn.Parameter((steps > 256.4).to(torch.get_default_dtype()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("build", [built_deferred, built_empty])
+def test_the_default_dtype_at_replay_does_not_count(build, dtype):
+    def make():
+        torch.set_default_dtype(dtype)
+        try:
+            return Counts()
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    found, expected = build(make, None), make()
+    for name, param in expected.named_parameters():
+        assert found.get_parameter(name).dtype == param.dtype, name
+        assert torch.equal(found.get_parameter(name), param), name
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_autocast_at_replay_does_not_count():
+    def make():
+        return nn.ParameterList([torch.randn(20, 4) @ torch.randn(4, 20)])
+
+    torch.manual_seed(2)
+    expected = make()
+    torch.manual_seed(2)
+    with deferred_init():
+        found = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        materialize(found)
+    assert torch.equal(found[0], expected[0])
+
+
 def test_materialize_casts_parameters_and_leaves_buffers():
     with deferred_init():
         found = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
@@ -161,6 +238,40 @@ class Views(nn.Module):
         self.part = self.whole.detach()[2:4]
         self.flat = self.whole.data.view(-1)
         self.part.fill_(3)
+
+
+class TrainsThroughViews(nn.Module):
+    """Kept views that pass gradients on, and hooks on the gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(4, 12, bias=False)
+        self.q, self.transposed = self.qkv.weight[:4], self.qkv.weight.t()
+        self.qkv.weight.register_hook(lambda grad: grad * 2)
+        self.steps = []
+        self.qkv.weight.register_post_accumulate_grad_hook(lambda param: self.steps.append(param.grad.sum().item()))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.q).sum() + (self.transposed @ torch.ones(12, device=x.device)).sum()
+
+
+@pytest.mark.parametrize("build", [built_deferred, built_empty, loaded_empty, loaded_deferred])
+def test_views_and_hooks_take_part_in_training(build, device, tmp_path):
+    torch.manual_seed(2)
+    with device:
+        expected = TrainsThroughViews()
+    torch.save(expected.state_dict(), tmp_path / "a.pth")
+    torch.manual_seed(2)
+    with device:
+        found = build(TrainsThroughViews, tmp_path / "a.pth")
+    for model in (found, expected):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for _ in range(2):
+            model(torch.ones(1, 4, device=device)).backward()
+            optimizer.step()
+    assert found.steps == expected.steps
+    assert len(found.steps) == 2
+    assert torch.equal(found.q, expected.qkv.weight[:4])
 
 
 def test_views_of_parameters_stay_views(device, same_as_eager):

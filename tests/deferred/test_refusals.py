@@ -36,6 +36,15 @@ def test_an_address_is_refused(address):
         address(nn.Linear(3, 4).weight.detach())
 
 
+def test_arithmetic_under_autocast_is_refused():
+    with deferred_init(), torch.autocast("cpu", torch.bfloat16):
+        params = nn.ParameterList([torch.randn(20, 20).clone()])
+        nn.init.kaiming_uniform_(params[0].data.t()[:4])
+        with unrecordable("autocast"):
+            torch.randn(20, 20) @ params[0]
+    materialize(params)
+
+
 def test_mixing_with_a_meta_tensor_is_refused():
     with unrecordable("on the meta device"), deferred_init():
         nn.Linear(3, 4).weight.data.add_(torch.ones(4, 3, device="meta"))
