@@ -169,6 +169,20 @@ def test_the_scaler_of_16_mixed_is_saved_and_restored(tmp_path):
     assert plugin.state_dict()["scale"] == 128.0
 
 
+def test_autocast_before_setup_does_not_decide_for_which_device_it_is_on(device):
+    class Asks(nn.Linear):
+        def forward(self, x):
+            self.is_cast = torch.is_autocast_enabled(self.weight.device.type)
+            return super().forward(x)
+
+    fabric = quiet_fabric("bf16-mixed", device.type)
+    with fabric.autocast():
+        pass
+    model = Asks(2, 2)
+    fabric.setup(model)(torch.ones(1, 2, device=device))
+    assert model.is_cast
+
+
 def test_precisions_without_a_scaler_have_none():
     assert EfficientInit("bf16-mixed").scaler is None
     assert EfficientInit("32-true").state_dict() == {}

@@ -139,7 +139,7 @@ def _write(
         writes = order_writes(tensors, binding)
         all_writes = [write for wave in writes.waves for write in wave]
         if mmap:
-            map_entries(all_writes)
+            map_entries(model, all_writes)
         else:
             sharing = replicas and replicas.confirm([_work(writes.waves), settings])
             written: list[str] = []

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch.nn import Module
 
 from lightning_efficient_init.checkpoint import Entry
 from lightning_efficient_init.errors import CheckpointError, CheckpointReadError, CorruptCheckpointError
+from lightning_efficient_init.load.bind import walk
 from lightning_efficient_init.load.order import Write
 from lightning_efficient_init.sinks import PLAIN_TYPES
 
 
-def map_entries(writes: Sequence[Write]) -> None:
+def map_entries(model: Module, writes: Sequence[Write]) -> None:
     """Let each tensor's memory be its entry's bytes in the file. The tensors keep their identity.
 
     Args:
+        model: Whose tensors they are.
         writes: The tensors, and the entry of each.
 
     Raises:
         CheckpointError: A tensor cannot be a mapping; nothing has changed.
     """
-    _refuse_unmappable(writes)
+    _refuse_unmappable(model, writes)
     mappings = _Mappings()
     views = [_view(mappings.storage(write.name, write.entry), write.tensor, write.entry) for write in writes]
     for write, view in zip(writes, views, strict=True):
@@ -92,13 +95,26 @@ def _view(storage: torch.UntypedStorage, tensor: torch.Tensor, entry: Entry) -> 
     return torch.empty(0, dtype=entry.dtype, device="cpu").set_(storage, first, tensor.shape, tensor.stride())
 
 
-def _refuse_unmappable(writes: Sequence[Write]) -> None:
+def _refuse_unmappable(model: Module, writes: Sequence[Write]) -> None:
     reasons = [f"\n  {w.name}: {reason}" for w in writes if (reason := _obstacle(w.tensor, w.entry))]
+    reasons = reasons or [f"\n  {name}: {other} shows its memory" for name, other in _shown_by_others(model, writes)]
     if reasons:
         raise CheckpointError(
             f"mmap=True: {len(reasons)} of {len(writes)} tensors cannot be the file's own memory."
             f"{''.join(reasons)}\nLoad with mmap=False, which copies them."
         )
+
+
+def _shown_by_others(model: Module, writes: Sequence[Write]) -> Iterator[tuple[str, str]]:
+    """Names of tensors whose memory another tensor of the model shows, which would be left behind; and its name."""
+    names = {write.tensor.untyped_storage()._cdata: write.name for write in writes}
+    written = {id(write.tensor) for write in writes}
+    for prefix, module in walk(model):
+        for name, tensor in {**vars(module), **module._parameters, **module._buffers}.items():
+            if isinstance(tensor, torch.Tensor) and type(tensor) in PLAIN_TYPES and id(tensor) not in written:
+                owner = names.get(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else None
+                if owner is not None:
+                    yield owner, prefix + name
 
 
 def _obstacle(tensor: torch.Tensor, entry: Entry) -> str | None:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lightning_efficient_init import deferred_init, load_checkpoint
+from lightning_efficient_init.deferred import empty_init
 from lightning_efficient_init.errors import CheckpointError, CorruptCheckpointError
 from lightning_efficient_init.load.mapping import map_entries
 from lightning_efficient_init.load.order import order_writes
@@ -99,6 +100,23 @@ def test_parameters_on_a_gpu_are_refused(tmp_path, make_net):
         load_checkpoint(make_net(2).cuda(), tmp_path / "w.pt", mmap=True)
 
 
+@pytest.mark.parametrize("context", [torch.enable_grad, deferred_init, empty_init])
+@pytest.mark.parametrize("show", [lambda weight: weight.detach(), lambda weight: weight[:2], lambda weight: weight.t()])
+def test_a_tensor_that_would_be_left_behind_is_refused(show, context, tmp_path):
+    def make():
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        model[1].register_buffer("shown", show(model[0].weight), persistent=False)
+        return model
+
+    torch.save(make().state_dict(), tmp_path / "w.pt")
+    with context():
+        model = make()
+    with pytest.raises(CheckpointError, match=r"0\.weight: 1\.shown shows its memory"):
+        load_checkpoint(model, tmp_path / "w.pt", mmap=True)
+    load_checkpoint(model, tmp_path / "w.pt")
+    assert torch.equal(model[1].shown, show(model[0].weight))
+
+
 def test_a_file_that_shrank_after_planning_is_found_before_anything_changes(tmp_path, make_net, bits):
     torch.save(make_net(1).state_dict(), tmp_path / "w.pt")
     model = make_net(2)
@@ -107,5 +125,5 @@ def test_a_file_that_shrank_after_planning_is_found_before_anything_changes(tmp_
     with open(tmp_path / "w.pt", "r+b") as file:
         file.truncate(2000)
     with pytest.raises(CorruptCheckpointError, match="ends at 2000"):
-        map_entries(writes)
+        map_entries(model, writes)
     assert bits(model) == bits(make_net(2))

@@ -161,6 +161,17 @@ class OwnForward(nn.Linear):
         return super().forward(x) * 2
 
 
+def test_a_forward_that_was_replaced_is_looked_at_anew(monkeypatch):
+    def fused(self, x):
+        return self.mlp(nn.functional.linear(x, self.attn.weight, self.attn.bias))
+
+    assert quantized(built(quantizing("nf4"), Block)) == {"attn", "mlp.0", "mlp.1"}
+    monkeypatch.setattr(Block, "forward", fused)
+    model = built(quantizing("nf4"), Block)
+    assert quantized(model) == {"mlp.0", "mlp.1"}
+    model(torch.ones(1, 16, dtype=torch.bfloat16))
+
+
 @pytest.mark.parametrize(
     "make",
     [
