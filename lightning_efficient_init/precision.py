@@ -113,8 +113,6 @@ class EfficientInit(trainer_precision.Precision):
             QuantizationError: There is nothing to quantize, or ``skip_modules`` names what is not there.
         """
         self._module = weakref.ref(module)
-        if getattr(self._delegate, "device", self._device_type()) != self._device_type():
-            self._delegate = None  # it was asked for before the model had a device
         if (dtype := _TRUE_DTYPES.get(self.precision)) is not None:
             cast_module(module, dtype)
         if self._quantizer is not None:
@@ -130,16 +128,22 @@ class EfficientInit(trainer_precision.Precision):
 
     @property
     def _stock(self) -> Any:
-        if self._delegate is None:
+        """Made anew, with the state that it has, once the module is on another kind of device."""
+        before, device_type = self._delegate, self._device_type()
+        if before is None or getattr(before, "device", device_type) != device_type:
             library = trainer_precision if self._is_in_trainer else fabric_precision
-            self._delegate = _stock_plugin(library, self.precision, self._device_type())
+            self._delegate = _stock_plugin(library, self.precision, device_type)
+            if before is not None:
+                self._delegate.load_state_dict(before.state_dict())
         return self._delegate
 
     def _device_type(self) -> str:
-        """Where the module is by now; autocast and the gradient scaler depend on it."""
+        """Where the module is by now, or was; autocast and the gradient scaler depend on it."""
         module = self._module() if self._module is not None else None
         parameter = None if module is None else next(module.parameters(), None)
-        return torch.get_default_device().type if parameter is None else parameter.device.type
+        if parameter is not None:
+            return parameter.device.type
+        return str(getattr(self._delegate, "device", torch.get_default_device().type))
 
     def forward_context(self) -> AbstractContextManager[None]:
         """See Lightning's plugin."""
