@@ -143,9 +143,11 @@ class Replay:
             kwargs["device"] = self._place(op.device)
         if kwargs.get("generator") is not None and generator is not None:
             kwargs["generator"] = generator
-        with _default_dtype(op):
-            result = op.func(*args, **kwargs)
-        self._store(op, result)
+        if op.default_dtype == torch.get_default_dtype() or traits_of(op.func).is_fill:
+            self._store(op, op.func(*args, **kwargs))
+        else:
+            with _default_dtype(op.default_dtype):
+                self._store(op, op.func(*args, **kwargs))
 
     def _store(self, op: Op, result: Any) -> None:
         results = result if isinstance(result, tuple | list) else (result,)
@@ -172,13 +174,10 @@ class Replay:
 
 
 @contextmanager
-def _default_dtype(op: Op) -> Iterator[None]:
-    """The default dtype of when ``op`` was recorded; no longer than it takes, as it is that of all threads."""
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """The default dtype as it was in a recording; for no longer than needed, as it is that of all threads."""
     before = torch.get_default_dtype()
-    if op.default_dtype == before or traits_of(op.func).is_fill:
-        yield
-        return
-    torch.set_default_dtype(op.default_dtype)
+    torch.set_default_dtype(dtype)
     try:
         yield
     finally:
