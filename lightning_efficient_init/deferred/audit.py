@@ -8,6 +8,8 @@ copied in a way that nobody could follow.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from lightning_efficient_init.deferred import canary, kept, parameter
@@ -83,16 +85,16 @@ def unwritten(model: torch.nn.Module) -> tuple[list[str], list[str]]:
     return whole, part
 
 
-def empty_copies(model: torch.nn.Module, names: list[str]) -> list[torch.Tensor]:
-    """Deep copies outside of ``model`` of its parameters ``names``, made while they were empty, and still empty.
+def empty_copies(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Deep copies of ``tensors``, other than these, that were made while they were empty, and still are.
 
-    Had the parameters been initialized when they were made, these would have the same values. Code that swaps values
-    with a copy, as averages of weights do, relies on it.
+    Had the parameters been initialized when they were made, these would have the same values, whatever was loaded into
+    the originals since. Code that swaps values with a copy, as averages of weights do, relies on it.
     """
     with parameter.undisturbed():
-        params = dict(model.named_parameters())
-        own = {id(param) for param in params.values()}
-        copies = {id(c): c for name in names for c in kept.copies_of(params[name]) if id(c) not in own}
+        tensors = list(tensors)
+        own = set(map(id, tensors))
+        copies = {id(copy): copy for t in tensors for copy in kept.copies_of(t) if id(copy) not in own}
         found = [(copy, memory) for copy in copies.values() if (memory := _marked(copy)) is not None]
         shares = canary.intact([memory for _, memory in found])
     return [copy for (copy, _), share in zip(found, shares, strict=True) if share == 1]

@@ -51,8 +51,7 @@ def copies_of(tensor: torch.Tensor) -> list[torch.Tensor]:
     """Deep copies of ``tensor``, and theirs, that were made while it was empty, live, and keep their recipe."""
     kept = tensor.__dict__.get(_RECIPE)
     copies = [] if kept is None else living(kept.copies)
-    empty = [made for made in copies if recipe_of_empty(made) is not None]
-    return [*empty, *(further for made in empty for further in copies_of(made))]
+    return [made for made in copies if recipe_of_empty(made) is not None]
 
 
 def memory_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -69,15 +68,16 @@ class _Kept:
 
     Attributes:
         ref: What the recipe has for the tensor.
-        copies: Deep copies of the tensor.
+        copies: Deep copies of the tensor, and copies of those.
     """
 
-    __slots__ = ("_tensor", "copies", "ref")
+    __slots__ = ("_originals", "_tensor", "copies", "ref")
 
     def __init__(self, tensor: torch.Tensor, ref: Ref) -> None:
         self._tensor = weakref.ref(tensor)
         self.ref = ref
         self.copies: tuple[weakref.ref[torch.Tensor], ...] = ()
+        self._originals: tuple[_Kept, ...] = ()
 
     def deepcopy(self, memo: dict[int, Any]) -> Any:
         """The ``__deepcopy__`` of the tensor: a copy with the same recipe."""
@@ -86,7 +86,9 @@ class _Kept:
             with _unrecorded():
                 made = memo[id(tensor)] = type(tensor).__deepcopy__(tensor, memo)
             keep(made, self.ref)
-            self.copies = (*self.copies, weakref.ref(made))
+            made.__dict__[_RECIPE]._originals = (self, *self._originals)
+            for original in (self, *self._originals):
+                original.copies = (*original.copies, weakref.ref(made))
         return memo[id(tensor)]
 
     def reduce(self, protocol: Any) -> Any:

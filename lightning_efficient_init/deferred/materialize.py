@@ -174,7 +174,12 @@ def settle(module: torch.nn.Module) -> None:
 
 
 def forget(tensors: Iterable[torch.Tensor]) -> None:
-    """Drop the recipes of parameters that have been written; deferred ones keep theirs."""
+    """Drop the recipes of parameters that have been written; deferred ones keep theirs.
+
+    Deep copies that were made while these were empty, and have not been written themselves, get their values now.
+    """
+    tensors = list(tensors)
+    fill_empty(audit.empty_copies(tensors))
     for tensor in tensors:
         kept.forget(tensor)
 

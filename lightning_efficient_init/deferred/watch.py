@@ -107,7 +107,7 @@ def _own_parameters(model: torch.nn.Module) -> tuple[set[str], bool]:
 
 def _initialize(model: torch.nn.Module, names: list[str]) -> None:
     """Initialize what nobody has written."""
-    copies = audit.empty_copies(model, names)
+    copies = audit.empty_copies(model.parameters())
     initialize(model, names)
     fill_empty(copies)
     for param in model.parameters():

@@ -211,6 +211,8 @@ def _with_memory(model: Module, binding: Binding, names: Sequence[str]) -> Mappi
     )
     if _on_meta(binding.tensors, deferred):
         allocate(model)  # buffers that are views of parameters get their memory from those
+    if buffers := _on_meta(binding.tensors, deferred):
+        allocate(model, tensors=[binding.tensors[name] for name in buffers])  # in the midst of a recording
     return {**binding.tensors, **named_state(model), **parts_of(model)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_efficient_init import load_checkpoint
 from lightning_efficient_init.deferred import (
     UninitializedParameterWarning,
     allocate,
@@ -222,6 +224,29 @@ def test_parameters_beside_those_that_are_lent_are_initialized():
     with pytest.warns(UninitializedParameterWarning, match="1 parameters .*embedding.weight"):
         assert torch.equal(found(tokens), expected(tokens))
     assert_unwatched(found)
+
+
+def loads(found, expected, path):
+    torch.save(expected.state_dict(), path)
+    load_checkpoint(found, path)
+
+
+def takes_a_state_dict(found, expected, path):
+    found.load_state_dict(expected.state_dict())
+    watch(found)
+    found.state_dict()
+
+
+@pytest.mark.parametrize("write", [loads, takes_a_state_dict])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: copy.deepcopy(copy.deepcopy(model))])
+def test_copies_of_an_empty_model_have_its_initial_values_once_it_has_others(write, copied, tmp_path):
+    found, initial = build()
+    other = build(seed=1)[1]
+    made = copied(found)
+    write(found, other, tmp_path / "a.pth")
+    assert_same(made, initial)
+    assert_same(found, other)
+    assert not uninitialized_parameters(made)
 
 
 def test_a_parameter_written_in_part_is_reported():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_efficient_init import load_checkpoint
 from lightning_efficient_init.deferred import (
     deferred_init,
     empty_init,
@@ -280,3 +281,41 @@ def test_what_needs_no_values_works():
     assert list(model.state_dict()) == list(build().state_dict())
     materialize(model)
     assert not model[0].weight.requires_grad
+
+
+class RandomBuffers(nn.Module):
+    """Buffers with random values, alone, computed, as views, and beside others that show the same memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("drawn", torch.randn(3))
+        self.register_buffer("filled", torch.empty(3).normal_())
+        self.register_buffer("computed", torch.rand(3) * 2 + 1)
+        self.register_buffer("column", torch.randn(2, 3)[:, 1])
+        self.table = torch.randn(4, 4)
+        self.register_buffer("rows", self.table[1:3])
+        self.register_buffer("of_weight", self.layer.weight.detach()[:2])
+        self.register_buffer("transient", torch.randn(5), persistent=False)
+        self.scaled = nn.Parameter(torch.randn(3) * self.drawn)
+
+
+@pytest.mark.parametrize("context", [deferred_init, empty_init])
+@pytest.mark.parametrize("load", [load_checkpoint, lambda model, path: model.load_state_dict(torch.load(path))])
+def test_random_buffers_that_are_loaded_inside_the_context_stay_loaded(load, context, device, tmp_path):
+    def make(seed):
+        torch.manual_seed(seed)
+        with device:
+            return RandomBuffers()
+
+    source, expected = make(1), make(2)
+    torch.save(source.state_dict(), tmp_path / "a.pth")
+    expected.load_state_dict(source.state_dict())
+    with context():
+        found = make(2)
+        load(found, tmp_path / "a.pth")
+    assert_state(materialize(found), source.state_dict())
+    assert torch.equal(found.transient, expected.transient)
+    assert torch.equal(found.table, expected.table)
+    assert found.rows.data_ptr() == found.table[1].data_ptr()
+    assert found.of_weight.data_ptr() == found.layer.weight.data_ptr()
