@@ -45,6 +45,7 @@ class Quantizer:
             raise TypeError(f"skip_modules must be a sequence of module paths, found the string {skip!r}.")
         self.mode = mode
         self.skip = tuple(skip)
+        self._found: set[str] = set()  # patterns that named a module when a model was built, whatever wraps it later
         self.compute_dtype = compute_dtype
         _library()
 
@@ -88,7 +89,7 @@ class Quantizer:
     def _check_skipped(self, model: Module, layers: dict[str, QuantizedLayer]) -> None:
         paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
         for pattern in self.skip:
-            if not any(matches(path, pattern) for path in paths):
+            if pattern not in self._found and not any(matches(path, pattern) for path in paths):
                 near = [path for path in paths if path.rpartition(".")[2] == pattern.rpartition(".")[2]]
                 hint = f" Did you mean {shorten(near)}?" if near else ""
                 raise QuantizationError(
@@ -104,6 +105,8 @@ class Quantizer:
     def _replace_built(self, built: _Built, model: Module | None) -> None:
         modules, inside = built.modules(), None if model is None else set(model.modules())
         roots = built.roots(modules if model is None else [model])
+        paths = [path for root in roots for path, _ in root.named_modules(remove_duplicate=False)]
+        self._found |= {pattern for pattern in self.skip if any(matches(path, pattern) for path in paths)}
         chosen = [
             layer
             for layer in choose(roots, self.skip)

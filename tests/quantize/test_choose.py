@@ -216,6 +216,14 @@ def test_a_model_that_was_built_elsewhere_is_quantized_at_setup(mode, device):
         assert_quantized_as_by_bitsandbytes(model.named, weight.to(device), mode)
 
 
+def test_what_was_skipped_when_it_was_built_may_be_wrapped_before_setup():
+    peft = pytest.importorskip("peft")
+    fabric = quantizing("nf4", skip_modules=["mlp.1"])
+    model = peft.get_peft_model(built(fabric, Block), peft.LoraConfig(r=2, target_modules=["attn"]))
+    fabric.setup(model)
+    assert quantized(model) == {"base_model.model.attn.base_layer", "base_model.model.mlp.0"}
+
+
 @pytest.mark.parametrize("mode", ["nf4", "int8"])
 @pytest.mark.parametrize("where", ["inside init_module", "elsewhere"])
 def test_what_peft_has_added_stays_in_full_and_is_trained(mode, where, device):
