@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
@@ -211,12 +212,13 @@ def _tensors_of(module: torch.nn.Module) -> Iterator[torch.Tensor]:
 
 
 def _check_complete(module: torch.nn.Module) -> None:
-    lost = [name for name, p in module.named_parameters() if p.is_meta]
+    tensors = itertools.chain(module.named_parameters(), module.named_buffers())
+    lost = [name for name, tensor in tensors if tensor.is_meta]
     if lost:
         raise DeferredParameterError(
             f"{shorten(lost)}: on the meta device without a recipe. "
-            "Parameters made under `torch.device('meta')`, or copied from deferred ones by other means than "
-            "`copy.deepcopy`, have none: build the module under `deferred_init`."
+            "What was made under `torch.device('meta')`, computed from deferred parameters, or copied from them by "
+            "other means than `copy.deepcopy`, has none: build the module under `deferred_init`."
         )
 
 

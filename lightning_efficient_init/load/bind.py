@@ -25,7 +25,7 @@ from lightning_efficient_init.deferred import settle
 from lightning_efficient_init.load import own_code
 from lightning_efficient_init.load.keys import strip_wrappers
 from lightning_efficient_init.quantize import QuantizedLayer, QuantizedParameter
-from lightning_efficient_init.quantize.state import adopt, find, full_shape
+from lightning_efficient_init.quantize.state import adopt, find, full_shape, weight_of
 from lightning_efficient_init.sharding import FLAT_NAME, is_partitioned, shown_whole, stand_ins
 from lightning_efficient_init.sinks import is_dense, obstacle, shape_of
 
@@ -111,6 +111,7 @@ def bind(module: Module, state: Mapping[str, Any], metadata: Any = None, tree: S
     if special:
         _put_in_order(binding)
     binding.unexpected += [key for key in state if key not in by_name and key not in used]
+    _refuse_packed(binding)
     _respect_ties(binding)
     return binding
 
@@ -226,6 +227,17 @@ def _bind_special(
         if type(module).set_extra_state is not Module.set_extra_state:
             used.add(_bind_extra_state(module, prefix + _EXTRA_STATE_KEY_SUFFIX, state, binding))
     return used
+
+
+def _refuse_packed(binding: Binding) -> None:
+    """Refuse numbers that mean nothing without the statistics beside them, which a weight in full has no use for."""
+    weights = dict.fromkeys(weight for key in binding.unexpected if (weight := weight_of(key)) in binding.tensors)
+    for weight in weights:
+        if binding.entries.pop(str(weight), None) is not None or binding.mismatched.pop(str(weight), None) is not None:
+            binding.errors.append(
+                f"{weight}: quantized in the checkpoint, in full in the model: build the model inside init_module() "
+                "with EfficientInit(quantize=...)"
+            )
 
 
 def _put_in_order(binding: Binding) -> None:

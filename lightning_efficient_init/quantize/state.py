@@ -47,6 +47,15 @@ class Found:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
+def weight_of(key: str) -> str | None:
+    """The weight for which a key of a state dict says how it was quantized; None if it does not."""
+    prefix, found, _ = key.partition(_BLOB)
+    if found:
+        return f"{prefix}weight"
+    part = next((part for part in _TENSORS if key == part or key.endswith(f".{part}")), None)
+    return None if part is None else f"{key.removesuffix(part)}weight"
+
+
 def parts_of(model: Module) -> dict[str, Tensor]:
     """Name in a state dict of ``model`` to the memory of every part of a quantized weight, except ``weight``."""
     return {

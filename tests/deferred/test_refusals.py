@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import prune
 
 from lightning_efficient_init.deferred import deferred_init, is_deferred, materialize
 from lightning_efficient_init.errors import DeferredParameterError, UnrecordableError
@@ -152,6 +153,14 @@ def test_ddp_is_refused(model):
             nn.parallel.DistributedDataParallel(model)
     finally:
         dist.destroy_process_group()
+
+
+def test_materializing_what_was_computed_from_deferred_parameters_is_refused():
+    with deferred_init():
+        layer = nn.Linear(4, 4)
+    prune.l1_unstructured(layer, "weight", 0.5)
+    with pytest.raises(DeferredParameterError, match=r"weight_mask.*computed from deferred parameters"):
+        materialize(layer)
 
 
 def test_materializing_parameters_of_the_meta_device_is_refused():

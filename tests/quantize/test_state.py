@@ -1,5 +1,6 @@
 """Checkpoints of quantized models: saved and loaded to the bit, or refused with the reason."""
 
+import copy
 import json
 
 import pytest
@@ -151,10 +152,14 @@ class NamedNet(nn.Module):
 
 
 @pytest.mark.parametrize("kept", PACKED)
-def test_a_quantized_checkpoint_does_not_load_into_a_model_that_is_not_quantized(kept, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"strict": False, "ignore_mismatched": True}])
+def test_a_quantized_checkpoint_does_not_load_into_a_model_that_is_not_quantized(kept, options, tmp_path):
     torch.save(built(quantizing(kept), NamedNet).state_dict(), tmp_path / "a.pth")
-    with pytest.raises(StateDictMismatchError):
-        load_checkpoint(NamedNet(), tmp_path / "a.pth")
+    model = NamedNet()
+    expected = copy.deepcopy(model.state_dict())
+    with pytest.raises(StateDictMismatchError, match=r"layer.weight: quantized in the checkpoint.*quantize="):
+        load_checkpoint(model, tmp_path / "a.pth", **options)
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("mode", MODES)
