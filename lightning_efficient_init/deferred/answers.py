@@ -323,6 +323,10 @@ def _set_data(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
     recorder.track(target)
 
 
+def _backward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    raise refusal("Tensor.backward", "gradients of deferred tensors would have no memory")
+
+
 def _copy(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Weights that come from outside: the parameter gets its memory now."""
     target, source = args[0], args[1] if len(args) > 1 else kwargs["src"]
@@ -375,6 +379,7 @@ _ANSWERS: dict[Any, Any] = {
     _T.cpu: _to_own_device,
     _T.cuda: _to_own_device,
     _T.data.__set__: _set_data,  # type: ignore[attr-defined]
+    _T.backward: _backward,
     _T.copy_: _copy,
     _T.__deepcopy__: _deepcopy,
 }

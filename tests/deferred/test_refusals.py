@@ -46,6 +46,11 @@ def test_arithmetic_under_autocast_is_refused():
     materialize(params)
 
 
+def test_a_backward_is_refused():
+    with deferred_init(), unrecordable(r"Tensor\.backward.*gradients"):
+        nn.Linear(3, 1)(torch.ones(2, 3)).sum().backward()
+
+
 def test_mixing_with_a_meta_tensor_is_refused():
     with unrecordable("on the meta device"), deferred_init():
         nn.Linear(3, 4).weight.data.add_(torch.ones(4, 3, device="meta"))
