@@ -26,7 +26,7 @@ from lightning_efficient_init.load import own_code
 from lightning_efficient_init.load.keys import strip_wrappers
 from lightning_efficient_init.quantize import QuantizedLayer, QuantizedParameter
 from lightning_efficient_init.quantize.state import adopt, find, full_shape, weight_of
-from lightning_efficient_init.sharding import FLAT_NAME, is_partitioned, shown_whole, stand_ins
+from lightning_efficient_init.sharding import FLAT_NAME, is_dtensor, part_of, shown_whole, stand_ins
 from lightning_efficient_init.sinks import is_dense, obstacle, shape_of
 
 Shape = tuple[int, ...]
@@ -334,8 +334,10 @@ def _bind_custom(module: Module, prefix: str, state: dict[str, Any], metadata: A
     own = named_state(module)
     with shown_whole(own.values()):
         answer = own_code.ask(module, own, {key[len(prefix) :]: value for key, value in state.items()}, metadata)
-    if not answer.is_plain and any(map(is_partitioned, own.values())):
-        answer.errors.append("has loading code of its own that writes to parameters, of which ZeRO-3 keeps parts only")
+    if not answer.is_plain and any(is_dtensor(t) or ((p := part_of(t)) and not p.is_whole) for t in own.values()):
+        answer.errors.append(
+            "has loading code of its own that computes what it writes to parameters, of which each rank keeps a part"
+        )
     if answer.is_plain:
         for name, value in answer.copies.items():
             _offer(binding, prefix + name, own[name], value)

@@ -199,11 +199,12 @@ class _Notes(TorchFunctionMode):
         self.is_plain &= self._is_offered(value, target)
 
     def _is_offered(self, value: Any, target: torch.Tensor) -> bool:
-        """Whether it is a whole tensor of the state dict."""
+        """Whether it is a whole tensor of the state dict, or a number that the code has put in its place."""
         if torch.nn.parameter.is_lazy(target):
             return False
         is_whole = id(value) in self._offered or (isinstance(value, LazyTensor) and value.entry is not None)
-        return is_whole and tuple(value.shape) == shape_of(target)
+        is_number = type(value) is torch.Tensor and value.dim() == 0 and not value.is_meta
+        return (is_whole or is_number) and tuple(value.shape) == shape_of(target)
 
 
 def _writes(func: Any, kwargs: dict[str, Any]) -> bool:

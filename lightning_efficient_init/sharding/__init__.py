@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,7 +36,6 @@ from lightning_efficient_init.sharding.zero3 import (
     partition_of,
     refresh,
     refresh_engine,
-    shown_whole,
 )
 
 __all__ = [
@@ -86,6 +87,19 @@ def part_of(tensor: Any) -> Part | None:
     if is_flattened(tensor):
         return stretch_of(tensor)
     return None
+
+
+@contextmanager
+def shown_whole(params: Iterable[Any]) -> Iterator[None]:
+    """Let parts of parameters have the shape of the whole, for code that compares shapes and writes nothing."""
+    hidden = [(param, param.data, shape_of(param)) for param in params if shape_of(param) != tuple(param.shape)]
+    for param, data, shape in hidden:
+        param.data = data.new_empty(()).expand(shape)
+    try:
+        yield
+    finally:
+        for param, data, _ in hidden:
+            param.data = data
 
 
 def shape_of(tensor: Any) -> tuple[int, ...]:

@@ -8,8 +8,7 @@ of its own and writes them to the partitions, so it has to be told when those ch
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -29,19 +28,6 @@ def is_engine(module: Any) -> bool:
     """Whether ``module`` is what DeepSpeed wraps around a model, without importing it for nothing."""
     deepspeed = sys.modules.get("deepspeed")
     return deepspeed is not None and isinstance(module, deepspeed.DeepSpeedEngine)
-
-
-@contextmanager
-def shown_whole(params: Iterable[Any]) -> Iterator[None]:
-    """Let partitioned parameters have the shape of the whole, for code that compares shapes and writes nothing."""
-    hidden = [(param, param.data) for param in params if is_partitioned(param) and not param.numel()]
-    for param, data in hidden:
-        param.data = data.new_empty(()).expand(param.ds_shape)
-    try:
-        yield
-    finally:
-        for param, data in hidden:
-            param.data = data
 
 
 def partition_of(tensor: Any) -> Stretch:

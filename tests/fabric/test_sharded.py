@@ -88,6 +88,65 @@ def test_loading_before_and_after_setup_gives_the_checkpoint(tmp_path, when, emp
         assert_equal_states(state, whole_state(expected))
 
 
+class OwnLoadingCode(torch.nn.Module):
+    """Layers that torch loads by code of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(8)
+        self.normed = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(8, 8))
+        self.last = torch.nn.Linear(8, 8)
+
+
+class Fused(OwnLoadingCode):
+    """Reads a weight in two parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.last.register_load_state_dict_pre_hook(self._fuse)
+
+    @staticmethod
+    def _fuse(module, state, prefix, *_):
+        if f"{prefix}top" in state:
+            state[f"{prefix}weight"] = torch.cat([state.pop(f"{prefix}top"), state.pop(f"{prefix}bottom")])
+
+
+def _load_by_own_code(rank, make, path, when, engine):
+    fabric = fabric_of(2, engine)
+    with fabric.init_module(empty_init=True):
+        model = make()
+    if when == "before":
+        fabric.load_raw(path, model)
+    wrapped = fabric.setup(model)
+    if when == "after":
+        fabric.load_raw(path, wrapped)
+    return whole_state(wrapped._forward_module)
+
+
+@engines
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("layout", ["today's", "BatchNorm's of old"])
+def test_layers_with_loading_code_of_their_own_are_loaded(tmp_path, when, engine, layout):
+    torch.manual_seed(7)
+    expected = OwnLoadingCode()
+    expected.norm.running_mean.normal_()
+    state = expected.state_dict()
+    if layout == "BatchNorm's of old":
+        state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    torch.save(state, tmp_path / "a.pth")
+    for found in run_ranks(_load_by_own_code, 2, OwnLoadingCode, tmp_path / "a.pth", when, engine):
+        assert_equal_states(found, whole_state(expected))
+
+
+@engines
+def test_code_that_computes_what_it_writes_into_a_part_is_refused_before_anything_is_read(tmp_path, engine):
+    state = OwnLoadingCode().state_dict()
+    state["last.top"], state["last.bottom"] = state.pop("last.weight").chunk(2)
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(AssertionError, match="last: has loading code of its own that computes what it writes"):
+        run_ranks(_load_by_own_code, 2, Fused, tmp_path / "a.pth", "after", engine)
+
+
 def _losses(rank, world_size, name):
     fabric = fabric_of(world_size, name)
     torch.manual_seed(1)
