@@ -73,7 +73,7 @@ def ask(module: Module, own: dict[str, torch.Tensor], state: dict[str, Any], met
         metadata: Name of a submodule to what the state dict says of its version.
     """
     part = {key: lazy_tree(value) if not isinstance(value, LazyTensor) else value for key, value in state.items()}
-    notes = _Notes(own, [value for value in part.values() if isinstance(value, torch.Tensor)])
+    notes = _Notes(own, part)
     found = _Found()
     kept = _Kept(module)
     with kept, notes, _materialize_noted(), _WithoutWarnings():
@@ -159,7 +159,7 @@ class _Notes(TorchFunctionMode):
 
     Args:
         own: The module's tensors, by name.
-        offered: The tensors of the state dict.
+        offered: The state dict.
 
     Attributes:
         copies: Name to the value that is copied there.
@@ -167,7 +167,7 @@ class _Notes(TorchFunctionMode):
         is_materialized: Whether a parameter without a shape was given one.
     """
 
-    def __init__(self, own: dict[str, torch.Tensor], offered: list[torch.Tensor]) -> None:
+    def __init__(self, own: dict[str, torch.Tensor], offered: dict[str, Any]) -> None:
         super().__init__()
         self.copies: dict[str, Any] = {}
         self.is_plain = True
@@ -175,7 +175,8 @@ class _Notes(TorchFunctionMode):
         self._names = {_place(tensor): name for name, tensor in own.items()}
         self._storages = {_storage(tensor) for tensor in own.values()}
         self._written: set[int] = set()
-        self._offered = {id(tensor) for tensor in offered}
+        self._keys = set(offered)
+        self._offered = {id(value) for value in offered.values() if isinstance(value, torch.Tensor)}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -196,15 +197,20 @@ class _Notes(TorchFunctionMode):
             self.is_plain = False
             return
         self.copies[name] = value
-        self.is_plain &= self._is_offered(value, target)
+        self.is_plain &= self._is_offered(value, target) or self._is_number(name, value, target)
 
     def _is_offered(self, value: Any, target: torch.Tensor) -> bool:
-        """Whether it is a whole tensor of the state dict, or a number that the code has put in its place."""
+        """Whether it is a whole tensor of the state dict."""
         if torch.nn.parameter.is_lazy(target):
             return False
         is_whole = id(value) in self._offered or (isinstance(value, LazyTensor) and value.entry is not None)
-        is_number = type(value) is torch.Tensor and value.dim() == 0 and not value.is_meta
-        return (is_whole or is_number) and tuple(value.shape) == shape_of(target)
+        return is_whole and tuple(value.shape) == shape_of(target)
+
+    def _is_number(self, name: str, value: Any, target: torch.Tensor) -> bool:
+        """Whether it is a number of the code's own, for which the state dict has nothing (BatchNorm's first step)."""
+        is_scalar = type(value) is torch.Tensor and value.dim() == 0 and not value.is_meta
+        is_fit = not torch.nn.parameter.is_lazy(target) and shape_of(target) == ()
+        return is_scalar and is_fit and name not in self._keys
 
 
 def _writes(func: Any, kwargs: dict[str, Any]) -> bool:

@@ -92,7 +92,8 @@ def part_of(tensor: Any) -> Part | None:
 @contextmanager
 def shown_whole(params: Iterable[Any]) -> Iterator[None]:
     """Let parts of parameters have the shape of the whole, for code that compares shapes and writes nothing."""
-    hidden = [(param, param.data, shape_of(param)) for param in params if shape_of(param) != tuple(param.shape)]
+    parts = [(param, part.shape) for param in params if not is_dtensor(param) and (part := part_of(param)) is not None]
+    hidden = [(param, param.data, shape) for param, shape in parts if tuple(param.shape) != shape]
     for param, data, shape in hidden:
         param.data = data.new_empty(()).expand(shape)
     try:
