@@ -52,12 +52,12 @@ class Answers(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        self._recorder.autocast = _autocast_devices()
         answer = _ANSWERS.get(func)
         if answer is not None or "out" in kwargs:
             answer = _applicable(answer, func, args, kwargs)
             if answer is not None:
                 return answer(self._recorder, func, args, kwargs)
-        self._recorder.autocast = _autocast_devices()
         is_last, kwargs = _below(func, kwargs)
         if is_last and func is torch.empty and (made := record_empty(self._recorder, args, kwargs)) is not None:
             return made

@@ -23,9 +23,9 @@ from lightning_efficient_init.sharding import part_of
 _RECIPE = "_efficient_init_empty"
 
 
-def keep(tensor: torch.Tensor, ref: Ref) -> None:
+def keep(tensor: torch.Tensor, ref: Ref, originals: tuple[_Kept, ...] = ()) -> None:
     """Let ``tensor``, which has memory that nobody has written, keep its recipe, and hand it on to copies."""
-    kept = _Kept(tensor, ref)
+    kept = _Kept(tensor, ref, originals)
     tensor.__dict__ |= {_RECIPE: kept, "__deepcopy__": kept.deepcopy, "__reduce_ex__": kept.reduce}
 
 
@@ -73,11 +73,11 @@ class _Kept:
 
     __slots__ = ("_originals", "_tensor", "copies", "ref")
 
-    def __init__(self, tensor: torch.Tensor, ref: Ref) -> None:
+    def __init__(self, tensor: torch.Tensor, ref: Ref, originals: tuple[_Kept, ...]) -> None:
         self._tensor = weakref.ref(tensor)
         self.ref = ref
         self.copies: tuple[weakref.ref[torch.Tensor], ...] = ()
-        self._originals: tuple[_Kept, ...] = ()
+        self._originals = originals
 
     def deepcopy(self, memo: dict[int, Any]) -> Any:
         """The ``__deepcopy__`` of the tensor: a copy with the same recipe."""
@@ -85,9 +85,9 @@ class _Kept:
         if id(tensor) not in memo:
             with _unrecorded():
                 made = memo[id(tensor)] = type(tensor).__deepcopy__(tensor, memo)
-            keep(made, self.ref)
-            made.__dict__[_RECIPE]._originals = (self, *self._originals)
-            for original in (self, *self._originals):
+            originals = (self, *self._originals)
+            keep(made, self.ref, originals)
+            for original in originals:
                 original.copies = (*original.copies, weakref.ref(made))
         return memo[id(tensor)]
 

@@ -75,18 +75,16 @@ def show(refs: Mapping[torch.Tensor, Ref], storage: torch.UntypedStorage) -> Non
     """Let deferred tensors show their windows of the real ``storage``. Views of others of them pass on gradients."""
     bases: dict[torch.Tensor, torch.Tensor] = {}
     if len(refs) > 1:
-        bases = {t: base for t in refs if t.grad_fn is not None and (base := t._base) is not None and base in refs}
+        views = [(tensor, tensor._base) for tensor in refs if tensor.grad_fn is not None]
+        bases = {t: base for t, base in views if base is not None and base in refs and base.dtype == t.dtype}
     for tensor, ref in refs.items():
         unguard(tensor)
         if tensor not in bases:
             exchange(tensor, ref.on(storage))
     for tensor, base in bases.items():
         ref = refs[tensor]
-        if ref.dtype == base.dtype:
-            with torch.enable_grad():
-                _become(tensor, base.as_strided(ref.size, ref.stride, ref.offset))
-        else:
-            exchange(tensor, ref.on(storage))
+        with torch.enable_grad():
+            _become(tensor, base.as_strided(ref.size, ref.stride, ref.offset))
 
 
 def guard(tensor: torch.Tensor) -> None:

@@ -231,9 +231,9 @@ def _bind_special(
 
 def _refuse_packed(binding: Binding) -> None:
     """Refuse numbers that mean nothing without the statistics beside them, which a weight in full has no use for."""
-    weights = dict.fromkeys(weight for key in binding.unexpected if (weight := weight_of(key)) in binding.tensors)
-    for weight in weights:
-        if binding.entries.pop(str(weight), None) is not None or binding.mismatched.pop(str(weight), None) is not None:
+    for weight in dict.fromkeys(map(weight_of, binding.unexpected)):
+        if weight is not None and (weight in binding.entries or weight in binding.mismatched):
+            binding.mismatched.pop(weight, None)
             binding.errors.append(
                 f"{weight}: quantized in the checkpoint, in full in the model: build the model inside init_module() "
                 "with EfficientInit(quantize=...)"

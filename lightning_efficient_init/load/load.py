@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch.nn import Module, Parameter
+from torch.nn import Module
 
 from lightning_efficient_init.deferred import allocate, eager, forget, has_recipe, initialize, undisturbed
 from lightning_efficient_init.errors import CheckpointError, DeferredParameterError, shorten
@@ -206,13 +206,7 @@ def _with_memory(model: Module, binding: Binding, names: Sequence[str]) -> Mappi
             "to load into. Build the model under deferred_init() instead of torch.device('meta'), or call "
             "model.to_empty(device=...) first."
         )
-    allocate(
-        model, tensors=[binding.tensors[name] for name in deferred if isinstance(binding.tensors[name], Parameter)]
-    )
-    if _on_meta(binding.tensors, deferred):
-        allocate(model)  # buffers that are views of parameters get their memory from those
-    if buffers := _on_meta(binding.tensors, deferred):
-        allocate(model, tensors=[binding.tensors[name] for name in buffers])  # in the midst of a recording
+    allocate(model, tensors=[binding.tensors[name] for name in deferred])
     return {**binding.tensors, **named_state(model), **parts_of(model)}
 
 

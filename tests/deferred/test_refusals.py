@@ -46,6 +46,17 @@ def test_arithmetic_under_autocast_is_refused():
     materialize(params)
 
 
+def test_autocast_that_is_over_refuses_nothing():
+    torch.manual_seed(1)
+    expected = torch.randn(20, 20)[[0, 3]]
+    torch.manual_seed(1)
+    with deferred_init():
+        with torch.autocast("cpu", torch.bfloat16):
+            whole = torch.randn(20, 20)
+        params = nn.ParameterList([whole[[0, 3]]])
+    assert torch.equal(materialize(params)[0], expected)
+
+
 def test_a_backward_is_refused():
     with deferred_init(), unrecordable(r"Tensor\.backward.*gradients"):
         nn.Linear(3, 1)(torch.ones(2, 3)).sum().backward()
