@@ -23,7 +23,7 @@ def is_deferred(module_or_tensor: torch.nn.Module | torch.Tensor) -> bool:
     with torch._C.DisableTorchFunction():
         if isinstance(module_or_tensor, torch.Tensor):
             return module_or_tensor.is_meta and recipe_of(module_or_tensor) is not None
-        return any(t.is_meta and recipe_of(t) is not None for t in _tensors_of(module_or_tensor))
+        return any(t.is_meta and recipe_of(t) is not None for _, t in named_tensors(module_or_tensor))
 
 
 def has_recipe(tensor: torch.Tensor) -> bool:
@@ -78,7 +78,7 @@ def materialize_deferred(
     module: torch.nn.Module, device: torch.device | None = None, dtype: torch.dtype | None = None
 ) -> None:
     """`materialize`, for what is deferred alone: nothing else is initialized, moved or cast."""
-    materialize_tensors(_tensors_of(module), device, dtype)
+    materialize_tensors((tensor for _, tensor in named_tensors(module)), device, dtype)
     _check_complete(module)
 
 
@@ -204,11 +204,12 @@ def _aliases_being_recorded(recipe: Recipe) -> list[torch.Tensor]:
     return recorder.aliases(recipe) if recorder is not None else []
 
 
-def _tensors_of(module: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """Parameters, buffers, and tensors that are plain attributes."""
-    for child in module.modules():
+def named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, buffers, and tensors that are plain attributes, by name."""
+    for path, child in module.named_modules():
+        prefix = f"{path}." if path else ""
         for tensors in (child._parameters, child._buffers, child.__dict__):
-            yield from (t for t in tensors.values() if isinstance(t, torch.Tensor))
+            yield from ((prefix + name, t) for name, t in tensors.items() if isinstance(t, torch.Tensor))
 
 
 def _check_complete(module: torch.nn.Module) -> None:

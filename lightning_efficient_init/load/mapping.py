@@ -10,8 +10,8 @@ import torch
 from torch.nn import Module
 
 from lightning_efficient_init.checkpoint import Entry
+from lightning_efficient_init.deferred import named_tensors
 from lightning_efficient_init.errors import CheckpointError, CheckpointReadError, CorruptCheckpointError
-from lightning_efficient_init.load.bind import walk
 from lightning_efficient_init.load.order import Write
 from lightning_efficient_init.sinks import PLAIN_TYPES
 
@@ -109,12 +109,11 @@ def _shown_by_others(model: Module, writes: Sequence[Write]) -> Iterator[tuple[s
     """Names of tensors whose memory another tensor of the model shows, which would be left behind; and its name."""
     names = {write.tensor.untyped_storage()._cdata: write.name for write in writes}
     written = {id(write.tensor) for write in writes}
-    for prefix, module in walk(model):
-        for name, tensor in {**vars(module), **module._parameters, **module._buffers}.items():
-            if isinstance(tensor, torch.Tensor) and type(tensor) in PLAIN_TYPES and id(tensor) not in written:
-                owner = names.get(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else None
-                if owner is not None:
-                    yield owner, prefix + name
+    for name, tensor in named_tensors(model):
+        if type(tensor) in PLAIN_TYPES and tensor.layout is torch.strided and id(tensor) not in written:
+            owner = names.get(tensor.untyped_storage()._cdata)
+            if owner is not None:
+                yield owner, name
 
 
 def _obstacle(tensor: torch.Tensor, entry: Entry) -> str | None:
