@@ -179,7 +179,7 @@ def forget(tensors: Iterable[torch.Tensor]) -> None:
 
     Deep copies that were made while these were empty, and have not been written themselves, get their values now.
     """
-    tensors = list(tensors)
+    tensors = [tensor for tensor in tensors if kept.recipe_of_empty(tensor) is not None]
     fill_empty(audit.empty_copies(tensors))
     for tensor in tensors:
         kept.forget(tensor)

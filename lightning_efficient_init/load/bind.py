@@ -27,7 +27,7 @@ from lightning_efficient_init.load.keys import strip_wrappers
 from lightning_efficient_init.quantize import QuantizedLayer, QuantizedParameter
 from lightning_efficient_init.quantize.state import adopt, find, full_shape, weight_of
 from lightning_efficient_init.sharding import FLAT_NAME, is_dtensor, part_of, shown_whole, stand_ins
-from lightning_efficient_init.sinks import is_dense, obstacle, shape_of
+from lightning_efficient_init.sinks import is_direct, obstacle, shape_of
 
 Shape = tuple[int, ...]
 
@@ -42,7 +42,8 @@ class Binding:
         module: The module.
         tensors: The model's name for a tensor to that tensor, for all that a state dict of the model holds.
         entries: Name to the entry that fills the tensor.
-        dense: Those names of ``entries`` whose tensors `is_dense`, as they were when they were bound.
+        direct: Those names of ``entries`` whose bytes go straight to the tensor's memory (`is_direct`), as they were
+            when they were bound.
         values: Name to a tensor in memory that is copied into the model's.
         calls: What is left to do afterwards: extra states, hooks, modules that load by code of their own.
         loaded_by_calls: Names of tensors that the calls are to write.
@@ -56,7 +57,7 @@ class Binding:
     module: Module
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     entries: dict[str, Entry] = field(default_factory=dict)
-    dense: set[str] = field(default_factory=set)
+    direct: set[str] = field(default_factory=set)
     values: dict[str, torch.Tensor] = field(default_factory=dict)
     calls: list[Callable[[], object]] = field(default_factory=list)
     loaded_by_calls: list[str] = field(default_factory=list)
@@ -193,14 +194,14 @@ def _has_loading_code(module: Module) -> bool:
 
 def _bind_by_name(tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], binding: Binding) -> None:
     """Match tensors with the values of their names."""
-    entries, dense = binding.entries, binding.dense
+    entries, direct = binding.entries, binding.direct
     for name, tensor in tensors.items():
         value = state.get(name, binding)
         if value is binding:  # which is no value
             binding.missing.append(name)
-        elif type(value) is Entry and value.shape == tensor.shape and not value.chunks and is_dense(tensor):
+        elif type(value) is Entry and value.shape == tensor.shape and is_direct(tensor, value):
             entries[name] = value  # as nearly always, often very many
-            dense.add(name)
+            direct.add(name)
         else:
             _offer(binding, name, tensor, value)
 

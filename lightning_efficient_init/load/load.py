@@ -26,7 +26,7 @@ from lightning_efficient_init.load.replicas import Replicas, Round, agreed, repl
 from lightning_efficient_init.load.report import LoadReport, Meter
 from lightning_efficient_init.quantize import QuantizedParameter, parts_of
 from lightning_efficient_init.sharding import copies_of, is_engine, part_of, refresh, refresh_engine
-from lightning_efficient_init.sinks import Sink, sinks_again, sinks_for
+from lightning_efficient_init.sinks import Segment, Sink, sinks_again, sinks_for
 
 BATCH_BYTES = 48 << 20  # of scratch memory
 
@@ -164,13 +164,14 @@ def _stream_wave(
     wave: Sequence[Write], settings: Settings, meter: Meter, sharing: Replicas | None, written: list[str]
 ) -> None:
     """Fill tensors that have no memory in common, and add their names to ``written``."""
-    sharded = [write for write in wave if write.is_sharded]
+    others = [write for write in wave if not write.is_direct]
+    sharded = [write for write in others if write.is_sharded]
     whole = [write for write in wave if not write.is_sharded] if sharded else wave
     copies = sharing and _copies([write.tensor for write in sharded], sharing)
     with agreed(copies):
         stream(_sinks(sharded), settings, meter, copies, written)
     stream(_sinks(whole), settings, meter, sharing, written)
-    quantized = [(w.name, w.tensor, w.entry) for w in whole if isinstance(w.tensor, QuantizedParameter)]
+    quantized = [(w.name, w.tensor, w.entry) for w in others if isinstance(w.tensor, QuantizedParameter)]
     stream([sink for found in quantized for sink in sinks_again(*found)], settings, meter, sharing, written)
 
 
@@ -217,7 +218,14 @@ def _on_meta(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> list[
 
 
 def _sinks(writes: Iterable[Write]) -> list[Sink]:
-    return [sink for w in writes for sink in sinks_for(w.name, w.tensor, w.entry, w.part, is_dense=w.is_dense)]
+    sinks: list[Sink] = []
+    for write in writes:
+        name, tensor, entry = write.name, write.tensor, write.entry
+        if write.is_direct:  # as nearly all
+            sinks.append(Segment(entry.file, entry.offset, entry.dtype, tensor, name))
+        else:
+            sinks += sinks_for(name, tensor, entry, write.part)
+    return sinks
 
 
 def _work(waves: Sequence[Sequence[Write]]) -> list[object]:

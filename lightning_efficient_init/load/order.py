@@ -28,14 +28,14 @@ class Write:
         tensor: The tensor.
         part: What this rank holds of it, if it has been taken apart; found out here, once.
         entry: Where its value is in a file.
-        is_dense: Whether the tensor `is_dense`; False if nobody has looked.
+        is_direct: Whether the entry's bytes go straight to the tensor's memory; False if nobody has looked.
     """
 
     name: str
     tensor: torch.Tensor
     part: Part | None
     entry: Entry
-    is_dense: bool = False
+    is_direct: bool = False
 
     @property
     def is_sharded(self) -> bool:
@@ -67,17 +67,17 @@ def order_writes(tensors: Mapping[str, torch.Tensor], binding: Binding) -> Write
     names = [name for name in binding.tensors if name in entries or name in values]
     if len({id(tensors[name]) for name in names}) < len(names):
         names = _last(names, lambda name: id(tensors[name]))
-    dense = binding.dense if tensors is binding.tensors else frozenset()
-    parts = {name: part for name in names if name not in dense and (part := part_of(tensors[name])) is not None}
+    direct = binding.direct if tensors is binding.tensors else frozenset()
+    parts = {name: part for name in names if name not in direct and (part := part_of(tensors[name])) is not None}
     late: set[str] = set()
     dropped: set[str] = set()
-    for group in _overlapping(tensors, [name for name in names if name not in parts] if parts else names, dense):
+    for group in _overlapping(tensors, [name for name in names if name not in parts] if parts else names, direct):
         first, *others = _last(group, lambda name: _memory_key(tensors[name]))
         late.update(others)
         dropped.update({*group} - {first, *others})
     if dropped:
         names = [name for name in names if name not in dropped]
-    writes = [Write(n, tensors[n], parts.get(n), entries[n], n in dense) for n in names if n in entries]
+    writes = [Write(n, tensors[n], parts.get(n), entries[n], n in direct) for n in names if n in entries]
     waves = [writes]
     if late:
         waves = [[write for write in writes if write.name not in late], *([w] for w in writes if w.name in late)]
@@ -92,9 +92,9 @@ def _last(names: Sequence[str], key: Callable[[str], object]) -> list[str]:
     return [*reversed(last.values())]
 
 
-def _overlapping(tensors: Mapping[str, torch.Tensor], names: Sequence[str], dense: Set[str]) -> list[list[str]]:
+def _overlapping(tensors: Mapping[str, torch.Tensor], names: Sequence[str], direct: Set[str]) -> list[list[str]]:
     """Groups of names whose memory has bytes in common, each group in the order of ``names``."""
-    spans = sorted(_spans(tensors, names, dense))
+    spans = sorted(_spans(tensors, names, direct))
     if all(before[1] <= after[0] for before, after in itertools.pairwise(spans)):
         return []  # as nearly always
     groups: list[list[int]] = []
@@ -109,12 +109,12 @@ def _overlapping(tensors: Mapping[str, torch.Tensor], names: Sequence[str], dens
 
 
 def _spans(
-    tensors: Mapping[str, torch.Tensor], names: Sequence[str], dense: Set[str]
+    tensors: Mapping[str, torch.Tensor], names: Sequence[str], direct: Set[str]
 ) -> Iterator[tuple[int, int, int]]:
     """Addresses of the first byte of each and of the end of its last one, and its number; of those with own memory."""
     for at, name in enumerate(names):
         tensor = tensors[name]
-        if name in dense:
+        if name in direct:
             num_bytes = tensor.nbytes
         elif type(tensor) in PLAIN_TYPES and tensor.layout is torch.strided:
             num_bytes = layout_of(tuple(tensor.shape), tensor.stride()).extent * tensor.itemsize

@@ -48,7 +48,7 @@ class LoadPlan:
 
         Of a tensor that is sharded, this rank's part counts.
         """
-        tensors, others = self.binding.tensors, self.entries.keys() - self.binding.dense
+        tensors, others = self.binding.tensors, self.entries.keys() - self.binding.direct
         parts = {name: part for name in others if (part := part_of(tensors[name])) and not part.is_whole}
         whole = [entry for name, entry in self.entries.items() if name not in parts]
         num_part_bytes = {

@@ -73,7 +73,7 @@ _MARKS = frozenset({MARK, PARTITION})
 
 def is_unmarked(tensor: Any) -> bool:
     """Whether ``tensor`` is an ordinary one that no engine has put a mark on: as nearly all are, often very many."""
-    return type(tensor) in ORDINARY and _MARKS.isdisjoint(tensor.__dict__)
+    return type(tensor) in ORDINARY and (not (marks := tensor.__dict__) or _MARKS.isdisjoint(marks))
 
 
 def part_of(tensor: Any) -> Part | None:

@@ -12,7 +12,7 @@ from lightning_efficient_init.sinks.choose import (
 )
 from lightning_efficient_init.sinks.chunks import ChunkSink
 from lightning_efficient_init.sinks.part import PartSink
-from lightning_efficient_init.sinks.plain import PLAIN_TYPES, ScratchSink, is_dense, plain_sink
+from lightning_efficient_init.sinks.plain import PLAIN_TYPES, ScratchSink, is_direct, plain_sink
 from lightning_efficient_init.sinks.sink import Segment, Sink
 
 __all__ = [
@@ -22,7 +22,7 @@ __all__ = [
     "ScratchSink",
     "Segment",
     "Sink",
-    "is_dense",
+    "is_direct",
     "obstacle",
     "plain_sink",
     "shape_of",

@@ -13,19 +13,12 @@ from lightning_efficient_init.sharding import Part, part_of, whole_part
 from lightning_efficient_init.sinks.bitsandbytes import quantizing_sinks
 from lightning_efficient_init.sinks.chunks import ChunkSink
 from lightning_efficient_init.sinks.part import PartSink
-from lightning_efficient_init.sinks.plain import is_row_major, plain_sink
-from lightning_efficient_init.sinks.sink import Segment, Sink
+from lightning_efficient_init.sinks.plain import plain_sink
+from lightning_efficient_init.sinks.sink import Sink
 
 
-def sinks_for(
-    name: str, tensor: torch.Tensor, entry: Entry, part: Part | None, *, is_dense: bool = False
-) -> Sequence[Sink]:
-    """The sinks that fill ``tensor``, called ``name`` in the model, or this rank's ``part`` of it, from ``entry``.
-
-    One that `is_dense` is filled without a second look at it; so are nearly all, often very many.
-    """
-    if is_dense and is_row_major(entry, tensor.dtype):
-        return (Segment(entry.file, entry.offset, entry.dtype, tensor, name),)
+def sinks_for(name: str, tensor: torch.Tensor, entry: Entry, part: Part | None) -> Sequence[Sink]:
+    """The sinks that fill ``tensor``, called ``name`` in the model, or this rank's ``part`` of it, from ``entry``."""
     if isinstance(tensor, QuantizedParameter) and entry.dtype.is_floating_point:
         return quantizing_sinks(name, tensor, entry, is_scaled=False)
     return (_sink(name, tensor, entry, part),)

@@ -28,7 +28,7 @@ def plain_sink(name: str, tensor: torch.Tensor, entry: Entry) -> Sink:
         tensor: The tensor to fill; on the meta device only to be asked what it needs.
         entry: What to fill it from; of the tensor's shape, or of one element for a scalar.
     """
-    if is_row_major(entry, tensor.dtype) and type(tensor) in PLAIN_TYPES and has_dense_memory(tensor):
+    if type(tensor) in PLAIN_TYPES and _is_dense(tensor) and _is_row_major(entry, tensor.dtype):
         return Segment(entry.file, entry.offset, entry.dtype, tensor, name)
     return ScratchSink(name, tensor, entry)
 
@@ -77,12 +77,15 @@ class ScratchSink:
             self._scratch = None
 
 
-def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether ``tensor`` is what nearly all are: an ordinary one, in one piece, its elements in order in memory."""
-    return is_unmarked(tensor) and has_dense_memory(tensor)
+def is_direct(tensor: torch.Tensor, entry: Entry) -> bool:
+    """Whether both are what nearly all are, so that a `Segment` fills the tensor: it is whole, and each in one piece.
+
+    Of equal shapes; asked for each of what may be 100,000.
+    """
+    return is_unmarked(tensor) and _is_dense(tensor) and _is_row_major(entry, tensor.dtype)
 
 
-def has_dense_memory(tensor: torch.Tensor) -> bool:
+def _is_dense(tensor: torch.Tensor) -> bool:
     """Whether the memory of ``tensor`` holds its elements as they are, in row-major order without gaps."""
     return (
         tensor.layout is torch.strided
@@ -92,6 +95,6 @@ def has_dense_memory(tensor: torch.Tensor) -> bool:
     )
 
 
-def is_row_major(entry: Entry, dtype: torch.dtype) -> bool:
+def _is_row_major(entry: Entry, dtype: torch.dtype) -> bool:
     """Whether the entry's bytes, cast to ``dtype``, are what the memory of a dense tensor holds."""
     return entry.is_contiguous and (entry.dtype is dtype or entry.offset % entry.dtype.itemsize == 0)
