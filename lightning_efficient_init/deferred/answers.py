@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 _MAY_HOLD_TENSORS = (torch.Tensor, tuple, list)
 _COMPILED = frozenset({BuiltinFunctionType, MethodDescriptorType, MethodWrapperType})
+_CONSTRUCTORS = _device_constructors()
 
 
 class Answers(TorchFunctionMode):
@@ -75,14 +76,14 @@ def _applicable(answer: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str,
         target = args[0] if args else kwargs.get("tensor")
         if answer is not None and target is not None and (answer in _ON_REAL_TOO or is_deferred(target)):
             return answer
-        return _into if is_deferred(kwargs.get("out")) and func in _device_constructors() else None
+        return _into if is_deferred(kwargs.get("out")) and func in _CONSTRUCTORS else None
 
 
 def _autocast_devices() -> tuple[str, ...]:
     """For which devices autocast is on; where operations reach kernels nobody can tell any more."""
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        return tuple(device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device))
-    return ()
+    if not torch._C._is_any_autocast_enabled():
+        return ()
+    return tuple(device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device))
 
 
 _known_modes: set[type[TorchFunctionMode]] = {DeviceContext, Answers}  # the latter of the same recording
@@ -95,10 +96,8 @@ def _below(func: Any, kwargs: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
     about them is to add a device, which is done here: that saves a twentieth of the time.
     """
     kind = type(func)
-    if kind is FunctionType and func.__module__ == "torch.nn.init":
-        return True, kwargs
     if kind not in _COMPILED:
-        return False, kwargs
+        return kind is FunctionType and func.__module__ == "torch.nn.init", kwargs
     device = None
     for i in reversed(range(torch._C._len_torch_function_stack())):
         mode = torch._C._get_function_stack_at(i)
@@ -106,7 +105,7 @@ def _below(func: Any, kwargs: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
             return False, kwargs
         if device is None and type(mode) is DeviceContext:
             device = mode.device
-    if device is not None and kwargs.get("device") is None and func in _device_constructors():
+    if device is not None and kind is BuiltinFunctionType and kwargs.get("device") is None and func in _CONSTRUCTORS:
         kwargs = {**kwargs, "device": device}
     return True, kwargs
 

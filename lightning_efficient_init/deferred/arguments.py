@@ -101,8 +101,8 @@ def asks_for_meta(kwargs: dict[str, Any]) -> bool:
 
 def indexed(device: torch.device | str) -> torch.device:
     """``cuda`` as ``cuda:0``, so that devices compare."""
-    device = torch.device(device)
-    if device.type in ("cpu", "meta") or device.index is not None:
+    device = device if isinstance(device, torch.device) else torch.device(device)
+    if device.index is not None or device.type in ("cpu", "meta"):
         return device
     return torch.device(device.type, getattr(torch, device.type).current_device())
 

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 _NUMBERS = (int, float, bool)
 _MOST_NUMBERS = 4
-_PLAIN_OPTIONS = {"dtype", "device", "pin_memory"}
+_KIND_OPTIONS = frozenset({"dtype", "device"})
+_PLAIN_OPTIONS = _KIND_OPTIONS | {"pin_memory"}
 _NEVER_CAST = {aten.clone.default, aten._to_copy.default}
 
 
@@ -201,18 +202,17 @@ def record_empty(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, An
     Returns:
         None if that way has to be gone: somebody else would see the operation there, or it is not to be recorded.
     """
-    if recorder.paused or not kwargs.keys() <= {"dtype", "device"} or not _is_alone():
+    if recorder.paused or not kwargs.keys() <= _KIND_OPTIONS or not _is_alone():
         return None
     device = kwargs.get("device")  # 0 is one
     device = indexed(torch._C._get_default_device() if device is None else device)
-    if device.type == "meta":
+    if device == META:
         return None
     with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
         out = torch.empty(*args, dtype=kwargs.get("dtype"), device=META)
         if not _may_wait(out):
             return None
-        recorder.tape.new_recipe(out, device)
-        recorder.track(out)
+        recorder.remember(out, recorder.tape.new_recipe(out, device))
     return out
 
 

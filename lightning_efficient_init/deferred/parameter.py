@@ -47,6 +47,10 @@ def _become(tensor: torch.Tensor, fresh: torch.Tensor) -> None:
         tensor._post_accumulate_grad_hooks = later
 
 
+with _disable_current_modes():  # its first use imports modules: 1 to 5 ms, which no model is to wait for
+    pass
+
+
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Work of ours that no mode, nor autograd is to see; nor the garbage collector: many objects, no garbage."""

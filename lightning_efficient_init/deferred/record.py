@@ -293,14 +293,18 @@ class Recorder:
         """Remember deferred tensors among ``value``, without keeping them alive."""
         if isinstance(value, torch.Tensor):
             if value.is_meta:
-                known = self._tensors.get(id(value))
-                if known is None or known() is not value:
-                    known = self._tensors[id(value)] = weakref.ref(value)
-                if (recipe := recipe_of(value)) is not None:
-                    self._sharing.setdefault(id(recipe), {})[id(value)] = known
+                self.remember(value, recipe_of(value))
         elif isinstance(value, tuple | list):
             for item in value:
                 self.track(item)
+
+    def remember(self, tensor: torch.Tensor, recipe: Recipe | None) -> None:
+        """Remember a tensor on the meta device, whose memory has this recipe, if it is a deferred one."""
+        known = self._tensors.get(id(tensor))
+        if known is None or known() is not tensor:
+            known = self._tensors[id(tensor)] = weakref.ref(tensor)
+        if recipe is not None:
+            self._sharing.setdefault(id(recipe), {})[id(tensor)] = known
 
     def adopt(self, param: torch.Tensor) -> None:
         """Remember a parameter."""
