@@ -22,12 +22,12 @@ from lightning_efficient_init.deferred.materialize import (
     is_deferred,
     is_postponed,
     materialize,
-    named_tensors,
     reseed,
     seeds,
     settle,
 )
 from lightning_efficient_init.deferred.parameter import undisturbed
+from lightning_efficient_init.deferred.reach import hidden_parameters, named_tensors
 from lightning_efficient_init.deferred.record import (
     deferred_init,
     eager,
@@ -49,6 +49,7 @@ __all__ = [
     "fill_own",
     "forget",
     "has_recipe",
+    "hidden_parameters",
     "initialize",
     "initialize_required",
     "is_deferred",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import cache
 from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, MethodWrapperType
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,15 @@ class Answers(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        self._recorder.autocast = _autocast_devices()
+        recorder = self._recorder
+        recorder.autocast = _autocast_devices()
+        outer, recorder.call = recorder.call, (args, kwargs)
+        try:
+            return self._answer(func, args, kwargs)
+        finally:
+            recorder.call = outer
+
+    def _answer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         answer = _ANSWERS.get(func)
         if answer is not None or "out" in kwargs:
             answer = _applicable(answer, func, args, kwargs)
@@ -168,6 +177,31 @@ def _looks_at_devices(recorder: Recorder, func: Any, args: tuple[Any, ...], kwar
     return out
 
 
+def _whole(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Functions that do something else for what is not an ordinary tensor, or while a dispatch mode is active.
+
+    They get real values, run unseen, and are written down as one operation.
+    """
+    _, kwargs = _below(func, kwargs)
+    if func is torch.linalg.norm and (args[1] if len(args) > 1 else kwargs.get("ord")) not in (2, -2, "nuc"):
+        return func(*args, **kwargs)
+    with undisturbed():
+        real_args, real_kwargs = values_of((args, kwargs))
+        return recorder.tape.run_whole(func, args, kwargs, lambda: func(*real_args, **real_kwargs))
+
+
+def _by_element(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``t.apply_(f)`` and ``t.map_(other, f)``, which call a Python function for each number."""
+    target = args[0]
+    if not _has_no_memory(target):
+        recorder.expose(target)
+        return func(*values_of(args), **kwargs)
+    with undisturbed():
+        value = func(*values_of(args), **kwargs)
+    with torch.no_grad():
+        return target.copy_(value)
+
+
 def _chooses_by_device(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``dropout`` and others take other kernels, and random numbers, on CUDA; for meta tensors they take the CPU's."""
     recipes = [recipe_of(t) for t in tensors_in(args, kwargs) if t.is_meta]
@@ -267,7 +301,7 @@ def _to_like(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[
 def _get_item(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``t[[0, 2]]``: lists as real tensors, which else would be made (and lost) on the meta device."""
     target, index = args
-    index = _with_real_lists(index)
+    index = _real_index(index)
     with torch._C.DisableTorchFunction():
         out = func(target, index)
         recorder.track(out)
@@ -279,15 +313,33 @@ def _set_item(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
     target, index, value = args
     if isinstance(value, bool | int | float | complex):
         value = torch.tensor(value, dtype=target.dtype, device=CPU)
-    func(target, _with_real_lists(index), value)
+    func(target, _real_index(index), value)
+
+
+def _real_index(index: Any) -> Any:
+    """An index with real tensors in the place of lists of numbers."""
+    if _is_nested(index) and _are_lists_tuples():
+        index = tuple(index)
+    return tuple(map(_with_real_lists, index)) if isinstance(index, tuple) else _with_real_lists(index)
 
 
 def _with_real_lists(index: Any) -> Any:
-    """An index with tensors in the place of lists of numbers."""
-    if isinstance(index, tuple):
-        return tuple(_with_real_lists(item) for item in index)
-    is_list = type(index) is list and all(isinstance(item, int) for item in index)
-    return torch.tensor(index, device=CPU) if is_list else index
+    if not isinstance(index, list | range) or any(True for _ in tensors_in(index)):
+        return index
+    numbers = torch.tensor(list(index), device=CPU)
+    return numbers if numbers.numel() else numbers.long()
+
+
+def _is_nested(index: Any) -> bool:
+    return isinstance(index, list) and any(isinstance(item, list | tuple) for item in index)
+
+
+@cache
+def _are_lists_tuples() -> bool:
+    """Whether this version of torch takes ``t[[a, b]]`` with lists ``a`` and ``b`` for ``t[a, b]``."""
+    with undisturbed(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.zeros(2, 2)[[[0, 1], [0, 1]]].dim() == 1
 
 
 def _new(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -322,8 +374,33 @@ def _set_data(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
     recorder.track(target)
 
 
-def _backward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    raise refusal("Tensor.backward", "gradients of deferred tensors would have no memory")
+def _backward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with torch._C.DisableTorchFunction():
+        has_deferred = any(map(is_deferred, tensors_in(args, kwargs)))
+    if has_deferred and args[-1] is not None:  # as what `zero_grad` sets
+        raise refusal(_name_of(func), "gradients of deferred tensors would have no memory")
+    return func(*args, **kwargs)
+
+
+def _name_of(func: Any) -> str:
+    owner = getattr(func, "__self__", None)  # of what sets an attribute, the attribute
+    return f"Tensor.{getattr(owner, '__name__', func.__name__)}" if func is not torch.autograd.grad else "autograd.grad"
+
+
+def _share(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    raise refusal("Tensor.share_memory_", "a deferred tensor has no memory")
+
+
+def _type(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``t.type()``, the name of a type, and ``t.type(dtype)``."""
+    recipe = recipe_of(args[0])
+    assert recipe is not None
+    if len(args) > 1 or kwargs:
+        out = func(*args, **kwargs)
+        recorder.track(out)
+        return out
+    with undisturbed():
+        return torch.empty(0, dtype=args[0].dtype, device=recipe.device).type()
 
 
 def _copy(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -379,6 +456,10 @@ _ANSWERS: dict[Any, Any] = {
     _T.cuda: _to_own_device,
     _T.data.__set__: _set_data,  # type: ignore[attr-defined]
     _T.backward: _backward,
+    _T.grad.__set__: _backward,  # type: ignore[union-attr]
+    torch.autograd.grad: _backward,
+    _T.share_memory_: _share,
+    _T.type: _type,
     _T.copy_: _copy,
     _T.__deepcopy__: _deepcopy,
 }
@@ -397,7 +478,20 @@ _CHOOSING: tuple[Any, ...] = (
 _CHOOSING += (functional.dropout, functional.batch_norm, functional.instance_norm)
 _CHOOSING += (torch.rms_norm, functional.rms_norm, functional.scaled_dot_product_attention)
 _ANSWERS |= dict.fromkeys(_CHOOSING, _chooses_by_device)
+_SPECTRAL = ("cond", "eig", "eigvalsh", "lstsq", "matrix_norm", "matrix_rank", "multi_dot", "norm", "svdvals")
+_PARTICULAR = (
+    *("embedding_bag", "nanquantile", "nuclear_norm", "quantile", "take_along_dim"),
+    *("quantize_per_channel", "quantize_per_tensor", "quantize_per_tensor_dynamic"),
+    *("sparse_compressed_tensor", "sparse_coo_tensor", "sparse_csr_tensor", "to_sparse", "to_sparse_csr"),
+)
+_ANSWERS |= {getattr(torch.linalg, name): _whole for name in _SPECTRAL}
+_ANSWERS |= {getattr(owner, n): _whole for owner in (torch, torch.Tensor) for n in _PARTICULAR if hasattr(owner, n)}
+_ANSWERS |= dict.fromkeys((functional.embedding_bag, torch.svd_lowrank, torch.pca_lowrank, torch.fft.rfft2), _whole)
+_ANSWERS |= dict.fromkeys((_T.apply_, _T.map_, _T.map2_), _by_element)
 _RUNNING: dict[Any, tuple[int, int]] = {torch.batch_norm: (3, 4), torch.instance_norm: (3, 4)}
 _RUNNING |= {functional.batch_norm: (1, 2), functional.instance_norm: (1, 2)}
 _RUNNING_NAMES = ("running_mean", "running_var")
-_ON_REAL_TOO = {_looks_at_devices, _chooses_by_device, _set_data, _numpy, _address, _to_like}
+_ON_REAL_TOO = {
+    *(_looks_at_devices, _chooses_by_device, _set_data, _numpy, _address, _to_like),
+    *(_whole, _by_element, _backward),
+}

@@ -31,10 +31,15 @@ def map_tensors(change: Callable[[torch.Tensor], Any], value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, list | tuple):
-        return type(value)(map_tensors(change, item) for item in value)
+        return alike(value, [map_tensors(change, item) for item in value])
     if isinstance(value, dict):
         return {key: map_tensors(change, item) for key, item in value.items()}
     return value
+
+
+def alike(container: list[Any] | tuple[Any, ...], items: list[Any]) -> Any:
+    """``items`` in a container of the same kind, which may be a named tuple."""
+    return type(container)(*items) if hasattr(container, "_fields") else type(container)(items)
 
 
 def to_meta(value: Any) -> Any:

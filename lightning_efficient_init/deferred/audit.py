@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import torch
 
 from lightning_efficient_init.deferred import canary, kept, parameter
+from lightning_efficient_init.deferred.reach import named_parameters
 from lightning_efficient_init.deferred.recipe import Recipe, Ref, recipe_of
 from lightning_efficient_init.deferred.replay import evaluate
 from lightning_efficient_init.errors import DeferredParameterError, shorten
@@ -23,8 +24,11 @@ def allocate(groups: dict[Recipe, list[torch.Tensor]]) -> None:
     """Give deferred tensors, by recipe, memory with a canary, or values if they were loaded or cannot hold one."""
     valued = {r for r, tensors in groups.items() if r.is_loaded or not all(_can_be_empty(t) for t in tensors)}
     evaluate(valued, deliver=lambda recipe, storage: parameter.give_memory(groups[recipe], storage))
-    empty = [t for recipe in groups if recipe not in valued for t in _allocate_empty(recipe, groups[recipe])]
-    canary.write(map(kept.memory_of, empty))
+    empty = {recipe: _allocate_empty(recipe, groups[recipe]) for recipe in groups if recipe not in valued}
+    canary.write(kept.memory_of(tensor) for tensors in empty.values() for tensor in tensors)
+    for recipe, tensors in empty.items():
+        if recipe.original in empty:
+            kept.note_copy(tensors[0], empty[recipe.original][0])
 
 
 def _allocate_empty(recipe: Recipe, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -68,7 +72,9 @@ def fill(tensor: torch.Tensor, whole: torch.Tensor) -> None:
 def uninitialized_parameters(model: torch.nn.Module) -> list[str]:
     """Names of parameters whose memory nobody has written, deferred ones included; tied ones are named once.
 
-    Names are those of ``named_parameters()``. One comparison for each device and dtype, whatever the sizes.
+    Names are those of ``named_parameters()``; parameters that no module has registered, in lists or in modules in
+    lists, are called by their path, such as ``teacher[0].weight``. One comparison for each device and dtype, whatever
+    the sizes.
     """
     return unwritten(model)[0]
 
@@ -76,7 +82,7 @@ def uninitialized_parameters(model: torch.nn.Module) -> list[str]:
 def unwritten(model: torch.nn.Module) -> tuple[list[str], list[str]]:
     """Names of parameters that nobody has written, and of those that somebody has written in part."""
     with parameter.undisturbed():
-        named = dict(model.named_parameters())
+        named = dict(named_parameters(model))
         deferred = {name for name, p in named.items() if _is_deferred(p)}
         memory = {name: found for name, p in named.items() if (found := _marked(p)) is not None}
         shares = dict(zip(memory, canary.intact(list(memory.values())), strict=True))
@@ -85,15 +91,15 @@ def unwritten(model: torch.nn.Module) -> tuple[list[str], list[str]]:
     return whole, part
 
 
-def empty_copies(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Deep copies of ``tensors``, other than these, that were made while they were empty, and still are.
+def empty_copies(tensors: Iterable[torch.Tensor], members: Iterable[torch.Tensor] = ()) -> list[torch.Tensor]:
+    """Deep copies of ``tensors`` that were made while these were empty, and still are; none of these or ``members``.
 
     Had the parameters been initialized when they were made, these would have the same values, whatever was loaded into
     the originals since. Code that swaps values with a copy, as averages of weights do, relies on it.
     """
     with parameter.undisturbed():
         tensors = list(tensors)
-        own = set(map(id, tensors))
+        own = set(map(id, (*tensors, *members)))
         copies = {id(copy): copy for t in tensors for copy in kept.copies_of(t) if id(copy) not in own}
         found = [(copy, memory) for copy in copies.values() if (memory := _marked(copy)) is not None]
         shares = canary.intact([memory for _, memory in found])
@@ -102,7 +108,7 @@ def empty_copies(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 
 def check_recipes(model: torch.nn.Module, names: list[str]) -> None:
     """Raise for those of the parameters ``names``, which nobody has written, that nothing can initialize."""
-    params = dict(model.named_parameters())
+    params = dict(named_parameters(model))
     lost = [name for name in names if not params[name].is_meta and not kept.recipe_of_empty(params[name])]
     if lost:
         raise DeferredParameterError(
@@ -119,7 +125,7 @@ def is_pending(model: torch.nn.Module) -> bool:
     handed over, or saved, by a process that left it empty.
     """
     with parameter.undisturbed():
-        params = list(model.parameters())
+        params = [param for _, param in named_parameters(model)]
         if any(_is_deferred(p) or kept.recipe_of_empty(p) is not None for p in params):
             return True
         return 1 in canary.intact([memory for p in params if (memory := _marked(p)) is not None])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils import _device
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from lightning_efficient_init.deferred import parameter
@@ -64,6 +65,8 @@ class Dispatch(TorchDispatchMode):
         """Run or record one operation."""
         if traits.is_fill and len(args) <= _MOST_NUMBERS and (recipe := _filled(args)) is not None:
             return self._tape.write_fill(traits, args, kwargs, recipe)
+        if asks_for_meta(kwargs) and (device := self._device_of_call()) is not None:
+            kwargs = {**kwargs, "device": device}
         tensors = list(tensors_in(args, kwargs))
         metas = [t for t in tensors if t.is_meta]
         if metas and any(recipe_of(t) is not None for t in metas):
@@ -73,6 +76,19 @@ class Dispatch(TorchDispatchMode):
         for tensor in tensors:
             self._recorder.refresh(tensor)
         return self._real(traits, args, kwargs, is_constant=not tensors)
+
+    def _device_of_call(self) -> torch.device | None:
+        """The device for what a function makes beside its arguments on the one that they seem to be on.
+
+        Returns:
+            None if somebody wants to have it on the meta device.
+        """
+        args, kwargs = self._recorder.call
+        metas = [t for t in tensors_in(args, kwargs) if t.is_meta]
+        is_wished = any(map(_names_meta, (*args, *kwargs.values(), _device.CURRENT_DEVICE)))
+        if is_wished or not metas or any(recipe_of(t) is None for t in metas):
+            return None
+        return recorded_device(tuple(metas), {})
 
     # -- on real tensors
 
@@ -206,7 +222,7 @@ def record_empty(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, An
         return None
     device = kwargs.get("device")  # 0 is one
     device = indexed(torch._C._get_default_device() if device is None else device)
-    if device == META:
+    if device.type == "meta":
         return None
     with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
         out = torch.empty(*args, dtype=kwargs.get("dtype"), device=META)
@@ -231,6 +247,10 @@ def record_fill(recorder: Recorder, func: Any, kwargs: dict[str, Any]) -> torch.
             return None
         generator = {"generator": kwargs.get("generator")}
         return recorder.tape.write_fill(traits_of(op), (tensor, *numbers), generator, recipe)
+
+
+def _names_meta(value: Any) -> bool:
+    return isinstance(value, str | torch.device) and str(value).startswith("meta")
 
 
 def _may_wait(out: torch.Tensor) -> bool:

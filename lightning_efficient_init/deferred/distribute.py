@@ -24,6 +24,7 @@ from lightning_efficient_init.deferred.materialize import (
     materialize_deferred,
     materialize_tensors,
 )
+from lightning_efficient_init.deferred.reach import named_parameters
 from lightning_efficient_init.deferred.recipe import Recipe, Ref, recipe_of
 from lightning_efficient_init.deferred.sharded import Windows, agree, evaluate_each, release, windows
 from lightning_efficient_init.errors import DeferredParameterError, shorten
@@ -89,7 +90,7 @@ def fill_parts(module: Module, refs: Windows, device: torch.device, *, is_empty:
 def initialize_required(module: Module) -> None:
     """Run the recipes of what nobody has written, but not of what `postponed_init` declared optional."""
     names = audit.uninitialized_parameters(module)
-    params = dict(module.named_parameters())
+    params = dict(named_parameters(module))
     recipes = {name: kept.recipe_of_empty(params[name]) for name in names}
     initialize(module, [name for name, recipe in recipes.items() if recipe is not None and not recipe.is_optional])
 

@@ -23,10 +23,15 @@ from lightning_efficient_init.sharding import part_of
 _RECIPE = "_efficient_init_empty"
 
 
-def keep(tensor: torch.Tensor, ref: Ref, originals: tuple[_Kept, ...] = ()) -> None:
+def keep(tensor: torch.Tensor, ref: Ref) -> None:
     """Let ``tensor``, which has memory that nobody has written, keep its recipe, and hand it on to copies."""
-    kept = _Kept(tensor, ref, originals)
+    kept = _Kept(tensor, ref)
     tensor.__dict__ |= {_RECIPE: kept, "__deepcopy__": kept.deepcopy, "__reduce_ex__": kept.reduce}
+
+
+def note_copy(made: torch.Tensor, original: torch.Tensor) -> None:
+    """Note that ``made`` is a deep copy of ``original``, made while that was empty; both keep their recipes."""
+    made.__dict__[_RECIPE].follow(original.__dict__[_RECIPE])
 
 
 def forget(tensor: torch.Tensor) -> None:
@@ -73,11 +78,11 @@ class _Kept:
 
     __slots__ = ("_originals", "_tensor", "copies", "ref")
 
-    def __init__(self, tensor: torch.Tensor, ref: Ref, originals: tuple[_Kept, ...]) -> None:
+    def __init__(self, tensor: torch.Tensor, ref: Ref) -> None:
         self._tensor = weakref.ref(tensor)
         self.ref = ref
-        self.copies: tuple[weakref.ref[torch.Tensor], ...] = ()
-        self._originals = originals
+        self.copies: list[weakref.ref[torch.Tensor]] = []
+        self._originals: tuple[_Kept, ...] = ()
 
     def deepcopy(self, memo: dict[int, Any]) -> Any:
         """The ``__deepcopy__`` of the tensor: a copy with the same recipe."""
@@ -85,11 +90,15 @@ class _Kept:
         if id(tensor) not in memo:
             with _unrecorded():
                 made = memo[id(tensor)] = type(tensor).__deepcopy__(tensor, memo)
-            originals = (self, *self._originals)
-            keep(made, self.ref, originals)
-            for original in originals:
-                original.copies = (*original.copies, weakref.ref(made))
+            keep(made, self.ref)
+            note_copy(made, tensor)
         return memo[id(tensor)]
+
+    def follow(self, original: _Kept) -> None:
+        """Note that this is of a deep copy of the tensor that ``original`` is of."""
+        self._originals = (original, *original._originals)
+        for kept in self._originals:
+            kept.copies.append(self._tensor)
 
     def reduce(self, protocol: Any) -> Any:
         """The ``__reduce_ex__`` of the tensor: for `copy.copy`, and for a pickle if somebody has written by now."""

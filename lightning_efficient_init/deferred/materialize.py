@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from lightning_efficient_init.deferred import audit, kept, parameter, recurrent, streams
 from lightning_efficient_init.deferred.active import current
 from lightning_efficient_init.deferred.arguments import indexed
+from lightning_efficient_init.deferred.reach import named_parameters, named_tensors
 from lightning_efficient_init.deferred.recipe import Op, Recipe, living, operations_for, recipe_of
 from lightning_efficient_init.deferred.replay import evaluate
 from lightning_efficient_init.deferred.sharded import evaluate_each
@@ -123,15 +124,15 @@ def initialize(model: torch.nn.Module, names: Iterable[str] | None = None) -> li
 
     Args:
         model: A model.
-        names: Of parameters, as in ``named_parameters(remove_duplicate=False)``; all of
-            `uninitialized_parameters` unless given.
+        names: Of parameters, as in ``named_parameters(remove_duplicate=False)``, or as `uninitialized_parameters`
+            calls them; all of the latter unless given.
 
     Returns:
         The names of those that were initialized: a parameter without a recipe is left alone.
     """
     chosen = audit.uninitialized_parameters(model) if names is None else list(names)
     with parameter.undisturbed():
-        known: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=names is None))
+        known = dict(named_parameters(model, remove_duplicate=names is None))
         params = {name: known[name] for name in chosen}
         layers = recurrent.scattered(model.modules())
         deferred = _groups(params.values())
@@ -162,7 +163,7 @@ def reseed(model: torch.nn.Module, states: Sequence[streams.State]) -> None:
 
 def _operations_left(model: torch.nn.Module) -> list[Op]:
     with parameter.undisturbed():
-        found = [recipe_of(p) if p.is_meta else kept.recipe_of_empty(p) for p in model.parameters()]
+        found = [recipe_of(p) if p.is_meta else kept.recipe_of_empty(p) for _, p in named_parameters(model)]
         return operations_for(recipe for recipe in found if recipe is not None)
 
 
@@ -174,13 +175,18 @@ def settle(module: torch.nn.Module) -> None:
             recorder.settle(module)
 
 
-def forget(tensors: Iterable[torch.Tensor]) -> None:
+def forget(tensors: Iterable[torch.Tensor], members: Iterable[torch.Tensor] = ()) -> None:
     """Drop the recipes of parameters that have been written; deferred ones keep theirs.
 
     Deep copies that were made while these were empty, and have not been written themselves, get their values now.
+
+    Args:
+        tensors: The parameters.
+        members: Of the same model: no copies of it, even if they are made as copies of each other.
     """
     tensors = [tensor for tensor in tensors if kept.recipe_of_empty(tensor) is not None]
-    fill_empty(audit.empty_copies(tensors))
+    if tensors:
+        fill_empty(audit.empty_copies(tensors, members))
     for tensor in tensors:
         kept.forget(tensor)
 
@@ -202,14 +208,6 @@ def _groups(params: Iterable[torch.Tensor]) -> dict[Recipe, list[torch.Tensor]]:
 def _aliases_being_recorded(recipe: Recipe) -> list[torch.Tensor]:
     recorder = current()
     return recorder.aliases(recipe) if recorder is not None else []
-
-
-def named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters, buffers, and tensors that are plain attributes, by name."""
-    for path, child in module.named_modules():
-        prefix = f"{path}." if path else ""
-        for tensors in (child._parameters, child._buffers, child.__dict__):
-            yield from ((prefix + name, t) for name, t in tensors.items() if isinstance(t, torch.Tensor))
 
 
 def _check_complete(module: torch.nn.Module) -> None:

@@ -80,7 +80,7 @@ def show(refs: Mapping[torch.Tensor, Ref], storage: torch.UntypedStorage) -> Non
     bases: dict[torch.Tensor, torch.Tensor] = {}
     if len(refs) > 1:
         views = [(tensor, tensor._base) for tensor in refs if tensor.grad_fn is not None]
-        bases = {t: base for t, base in views if base is not None and base in refs and base.dtype == t.dtype}
+        bases = {t: base for t, base in views if base is not None and base in refs and _is_view_of_kind(t, base)}
     for tensor, ref in refs.items():
         unguard(tensor)
         if tensor not in bases:
@@ -89,6 +89,11 @@ def show(refs: Mapping[torch.Tensor, Ref], storage: torch.UntypedStorage) -> Non
         ref = refs[tensor]
         with torch.enable_grad():
             _become(tensor, base.as_strided(ref.size, ref.stride, ref.offset))
+
+
+def _is_view_of_kind(view: torch.Tensor, base: torch.Tensor) -> bool:
+    """Whether the elements of ``view`` are elements of ``base``, as they are there."""
+    return view.dtype == base.dtype and view.is_conj() == base.is_conj() and view.is_neg() == base.is_neg()
 
 
 def guard(tensor: torch.Tensor) -> None:

@@ -73,10 +73,21 @@ def _register(original: Callable[..., Any], module: torch.nn.Module, name: str, 
             recorder.adopt(param)
 
 
+def _script(original: Callable[..., Any], module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """TorchScript hands parameters to C++, where nobody can exchange them: they get their values now."""
+    recorder = current()
+    if recorder is not None:
+        with undisturbed():
+            for param in filter(is_deferred, module.parameters()):
+                recorder.bind(param, is_overwritten=False)
+    return original(module, *args, **kwargs)
+
+
 _PATCHES = (
     ScopedPatch(torch.nn.Parameter, "__new__", _new_parameter),
     ScopedPatch(torch.nn.init, "_no_grad_trunc_normal_", _trunc_normal),
     ScopedPatch(torch.Tensor, "__reduce_ex__", _reduce),
     ScopedPatch(torch.nn.RNNBase, "flatten_parameters", _flatten),
     ScopedPatch(torch.nn.Module, "register_parameter", _register),
+    ScopedPatch(torch.jit._recursive, "create_script_module", _script),  # for `torch.jit.trace`, too
 )

@@ -54,6 +54,13 @@ class Recipe:
     layer: weakref.ref[torch.nn.RNNBase] | None = None
     form: Form | None = None
 
+    @property
+    def original(self) -> Recipe | None:
+        """The recipe of what this was made of as a deep copy, if it was."""
+        first = self.ops[0] if self.ops else None
+        is_copy = first is not None and first.func is torch.ops.aten.clone.default and isinstance(first.args[0], Ref)
+        return first.args[0].recipe if first is not None and is_copy else None
+
 
 @dataclass(slots=True, eq=False)
 class Op:
@@ -90,23 +97,32 @@ class Op:
 
 @dataclass(slots=True, eq=False)  # not frozen: that takes three times as long to make, and each operation makes one
 class Ref:
-    """A tensor as a window on a recipe's memory: ``size`` and ``stride``, ``offset`` in elements."""
+    """A tensor as a window on a recipe's memory: ``size`` and ``stride``, ``offset`` in elements.
+
+    ``conj`` and ``mH`` do not compute anything: they mark a view of the same memory as one to be read conjugated, or
+    (the imaginary part of such a view) negated.
+    """
 
     recipe: Recipe
     dtype: torch.dtype
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
+    is_conj: bool = False
+    is_neg: bool = False
 
     @staticmethod
     def to(tensor: torch.Tensor, recipe: Recipe) -> Ref:
         """The window that ``tensor`` is."""
-        return Ref(recipe, tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())  # type: ignore[arg-type]
+        shape, offset, is_conj = tuple(tensor.shape), tensor.storage_offset(), tensor.is_conj()
+        return Ref(recipe, tensor.dtype, shape, tensor.stride(), offset, is_conj, tensor.is_neg())  # type: ignore[arg-type]
 
     def on(self, storage: torch.UntypedStorage) -> torch.Tensor:
         """The same window on real memory."""
         empty = torch.empty(0, dtype=self.dtype, device=storage.device)
-        return empty.set_(storage, self.offset, self.size, self.stride)
+        shown = empty.set_(storage, self.offset, self.size, self.stride)
+        shown = torch._conj(shown) if self.is_conj else shown
+        return torch._neg_view(shown) if self.is_neg else shown
 
     @property
     def numel(self) -> int:

@@ -13,7 +13,10 @@ How it works
     The function mode (answers.py) is for what does not reach a kernel: ``p.device`` and ``p.is_meta`` answer as they
     would in eager construction, ``p.data = x``, ``p.numpy()``, loading of real weights, and `torch.nn.init` functions,
     which it runs itself so that no mode below (Lightning's ``_EmptyInit``) skips them.
-    Parameters, pickling and layers that want addresses are seen by patches (patches.py).
+    Functions that look at what they are given before any operation (`linalg.svdvals` takes another way for what is no
+    ordinary tensor, and while a dispatch mode is active) get real values, and are written down whole. What a compiled
+    function makes beside its arguments, on the device that they seem to be on, belongs to the one where they will be.
+    Parameters, pickling, TorchScript and layers that want addresses are seen by patches (patches.py).
     When the recording ends, deferred tensors that no parameter shares get their memory and values in place.
 
 What it costs, and where exactness ends
@@ -26,6 +29,8 @@ What it costs, and where exactness ends
     The garbage collector waits until the recording ends: it took a fifth of the time, and a full pass over all imported
     libraries, a quarter of a second, may fall into any recording. What is deferred has no memory that it could free.
     What was computed from a parameter, and kept, has its value, but no way back to it for gradients. A view has.
+    Parameters that no module registers are found in containers, and in modules there (reach.py). What only a closure or
+    a plain object holds gets its values when the recording ends, unless it is registered in a module of its own.
     Where autocast is on, arithmetic with deferred tensors is refused: it would pass over them.
     A generator's state that is read while recording (``get_rng_state``) names a place in this recording, and means
     nothing outside of it. What another thread makes or writes in the meantime is its own: it is not recorded.
@@ -47,7 +52,7 @@ Decided against
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -180,6 +185,7 @@ class Recorder:
     Attributes:
         paused: New tensors and parameters are real for now.
         autocast: For which kinds of devices autocast was on when the latest function was called.
+        call: Arguments of the function that is being run, if one is.
         tape: Writes operations down.
         recurrent: Recurrent layers that wanted their weights in one piece.
         is_postponed: What is recorded is going to be sharded before it gets memory.
@@ -190,6 +196,7 @@ class Recorder:
     def __init__(self) -> None:
         self.paused = False
         self.autocast: tuple[str, ...] = ()
+        self.call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self.is_postponed = False
         self.tape = Tape()
         self.recurrent: list[weakref.ref[torch.nn.RNNBase]] = []
@@ -198,6 +205,7 @@ class Recorder:
         self._tensors: dict[int, weakref.ref[torch.Tensor]] = {}
         self._sharing: dict[int, dict[int, weakref.ref[torch.Tensor]]] = {}  # by recipe
         self._twinned: list[Recipe] = []
+        self._trained: list[weakref.ref[torch.Tensor]] = []  # that require gradients, and are no parameters
 
     # -- the lifecycle
 
@@ -233,6 +241,8 @@ class Recorder:
         for recipe, tensors in groups.items():
             if recipe not in shared or len(tensors) > 1:
                 recipe.aliases = [weakref.ref(t) for t in tensors]
+            if recipe not in shared:
+                self._trained += recipe.aliases
             for tensor in tensors:
                 parameter.guard(tensor)
         recurrent.remember(self._scattered_layers())
@@ -250,9 +260,15 @@ class Recorder:
 
     @parameter.undisturbed()
     def allocate(self) -> None:
-        """Give memory to the parameters that were recorded here, are alive, and are deferred."""
+        """Give memory to the parameters that were recorded here, are alive, and are deferred.
+
+        What no module has registered, and no checkpoint can reach by a name, gets its values as well.
+        """
+        groups = self._waiting()
+        bare = {recipe: tensors for recipe, tensors in groups.items() if not _may_be_registered(recipe, tensors)}
         with self._flattening():
-            audit.allocate(self._waiting())
+            audit.allocate({recipe: tensors for recipe, tensors in groups.items() if recipe not in bare})
+            evaluate(bare, deliver=lambda recipe, storage: parameter.give_memory(bare[recipe], storage))
 
     @parameter.undisturbed()
     def materialize(self) -> None:
@@ -267,12 +283,12 @@ class Recorder:
             call(model)
 
     def _waiting(self) -> dict[Recipe, list[torch.Tensor]]:
-        """Tensors that share the memory of a living deferred parameter, by recipe."""
+        """Tensors that share the memory of a living deferred parameter, or of one in all but name, by recipe."""
         groups: dict[Recipe, list[torch.Tensor]] = {}
-        for param in living(self._parameters.values()):
-            recipe = recipe_of(param) if param.is_meta else None
+        for tensor in living((*self._parameters.values(), *self._trained)):
+            recipe = recipe_of(tensor) if tensor.is_meta else None
             if recipe is not None:
-                groups[recipe] = living(recipe.aliases) or [param]
+                groups[recipe] = living(recipe.aliases) or [tensor]
         return groups
 
     @contextmanager
@@ -373,6 +389,12 @@ class Recorder:
             if storage is not None and recipe.stale:
                 storage._fix_weakref()  # type: ignore[attr-defined]  # see `living`
                 _refresh_memory(recipe, storage)
+
+
+def _may_be_registered(recipe: Recipe, tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether a module may have one of these tensors, of one recipe, as a parameter."""
+    is_parameter = any(isinstance(tensor, torch.nn.Parameter) for tensor in tensors)
+    return is_parameter and (recipe.label is not None or not recipe.ops)
 
 
 def _refresh_memory(recipe: Recipe, storage: torch.UntypedStorage) -> None:

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from lightning_efficient_init.deferred.arguments import alike
 from lightning_efficient_init.deferred.operators import traits_of
 from lightning_efficient_init.deferred.recipe import Op, Recipe, Ref, operations_for
 from lightning_efficient_init.deferred.streams import Cursor, Draw, borrowed, default_generator, lock
+from lightning_efficient_init.deferred.wording import refusal
 
 aten = torch.ops.aten
 
@@ -154,7 +156,9 @@ class Replay:
         for ref, out in zip(op.outs, results, strict=False):
             if ref is None:
                 continue
-            assert (out.dtype, tuple(out.shape)) == (ref.dtype, ref.size), f"{op.func}: not the recorded result"
+            if (out.dtype, tuple(out.shape)) != (ref.dtype, ref.size):
+                reason = "with values its result has another shape or dtype than without"
+                raise refusal(str(op.func), reason)
             if out.stride() != ref.stride or out.storage_offset() != ref.offset:
                 laid_out = ref.on(torch.UntypedStorage(ref.recipe.num_bytes, device=out.device))
                 out = laid_out.copy_(out)  # noqa: PLW2901 (the kernel's layout is not the one recorded)
@@ -166,7 +170,7 @@ class Replay:
         if isinstance(arg, torch.Tensor):
             return arg if arg.dim() == 0 else arg.to(self._device) if self._device is not None else arg
         if isinstance(arg, list | tuple):
-            return type(arg)(self._real(item) for item in arg)
+            return alike(arg, [self._real(item) for item in arg])
         return arg
 
     def _place(self, device: torch.device) -> torch.device:

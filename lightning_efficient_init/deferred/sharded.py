@@ -23,7 +23,7 @@ from torch import distributed
 from torch.nn import Module
 
 from lightning_efficient_init.deferred import parameter
-from lightning_efficient_init.deferred.arguments import map_tensors
+from lightning_efficient_init.deferred.arguments import alike, map_tensors
 from lightning_efficient_init.deferred.engines import window_of
 from lightning_efficient_init.deferred.recipe import Op, Recipe, Ref, operations_for
 from lightning_efficient_init.deferred.replay import Replay
@@ -192,7 +192,7 @@ def _replace_leaves(op: Op, leaves: list[Any]) -> None:
 
     def visit(value: Any) -> Any:
         if isinstance(value, list | tuple):
-            return type(value)(visit(item) for item in value)
+            return alike(value, [visit(item) for item in value])
         if not _is_leaf(value):
             return value
         leaf = next(fresh)

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from lightning_efficient_init.deferred.arguments import (
     CONSTANT_BYTES,
     CPU,
+    alike,
     indexed,
     is_strided,
     reads_outside,
@@ -22,6 +23,8 @@ from lightning_efficient_init.deferred.operators import Traits, traits_of
 from lightning_efficient_init.deferred.recipe import Op, Recipe, Ref, attach, recipe_of
 from lightning_efficient_init.deferred.streams import generator_of, lock, places
 from lightning_efficient_init.deferred.wording import refusal
+
+_COPIES = (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default)
 
 
 class Tape:
@@ -97,6 +100,8 @@ class Tape:
         if traits.is_random:
             self.draw(op)
         self._add(op, written, outs, fresh)
+        if traits.func in _COPIES and fresh:
+            _pass_label(args[0], fresh[0])
 
     def write_constant(self, tensor: torch.Tensor) -> None:
         """``torch.tensor(...)``: a small one is its own recipe."""
@@ -109,6 +114,13 @@ class Tape:
         op_args, op_kwargs, reads = template(args, kwargs)
         out = traits.func(*args, **kwargs)
         self._write_real(Op(traits.func, op_args, op_kwargs, CPU), reads, args, kwargs, out)
+        return out
+
+    def run_whole(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], call: Any) -> Any:
+        """Run ``call``, a Python function for ``func`` of these arguments, and write it down as one operation."""
+        op_args, op_kwargs, reads = template(args, kwargs)
+        out = call()
+        self._write_real(Op(func, op_args, op_kwargs, CPU), reads, args, kwargs, out)
         return out
 
     def run_constant(self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -206,7 +218,7 @@ def template(
             sound = False
             return arg
         if isinstance(arg, list | tuple):
-            return type(arg)(refer(item) for item in arg)
+            return alike(arg, [refer(item) for item in arg])
         return arg
 
     op_args = tuple(refer(arg) for arg in args)
@@ -230,6 +242,13 @@ def _overwrites(op: Op) -> bool:
     if not traits_of(op.func).is_fill or not isinstance(target, Ref) or not target.covers_recipe:
         return False
     return not any(isinstance(arg, Ref) and arg.recipe is target.recipe for arg in op.args[1:])
+
+
+def _pass_label(source: torch.Tensor, made: torch.Tensor) -> None:
+    """A copy of a parameter is most likely one: of a module that is copied or cast."""
+    original, copied = recipe_of(source), recipe_of(made)
+    if original is not None and copied is not None:
+        copied.label = original.label
 
 
 def _copy_of(tensor: torch.Tensor) -> torch.Tensor:

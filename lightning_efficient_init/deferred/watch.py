@@ -10,6 +10,7 @@ import torch
 
 from lightning_efficient_init.deferred import audit, kept
 from lightning_efficient_init.deferred.materialize import fill_empty, initialize
+from lightning_efficient_init.deferred.reach import named_parameters
 from lightning_efficient_init.errors import shorten
 
 _MOST_NAMES = 10
@@ -31,6 +32,8 @@ def watch(model: torch.nn.Module) -> None:
         return
     hook = _Watch(model)
     for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):  # has no hooks, and has had values since it was scripted
+            continue
         module.register_forward_pre_hook(hook, prepend=True)  # before FSDP's
         handle = module.register_state_dict_pre_hook(hook)
         module._state_dict_pre_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]  # before FSDP's
@@ -100,17 +103,18 @@ def _drop(hooks: dict[int, Any], hook: _Watch) -> None:
 
 def _own_parameters(model: torch.nn.Module) -> tuple[set[str], bool]:
     """Names of the model's parameters, and whether other tensors stand in for some, as in `functional_call`."""
-    named = dict(model.named_parameters())
+    named = dict(named_parameters(model))
     own = {name for name, tensor in named.items() if isinstance(tensor, torch.nn.Parameter)}
     return own, len(own) < len(named)
 
 
 def _initialize(model: torch.nn.Module, names: list[str]) -> None:
     """Initialize what nobody has written."""
-    copies = audit.empty_copies(model.parameters())
+    params = [param for _, param in named_parameters(model)]
+    copies = audit.empty_copies(params)
     initialize(model, names)
     fill_empty(copies)
-    for param in model.parameters():
+    for param in params:
         kept.forget(param)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections import defaultdict, deque
@@ -12,7 +13,15 @@ from functools import partial
 import torch
 from torch.nn import Module
 
-from lightning_efficient_init.deferred import allocate, eager, forget, has_recipe, initialize, undisturbed
+from lightning_efficient_init.deferred import (
+    allocate,
+    eager,
+    forget,
+    has_recipe,
+    hidden_parameters,
+    initialize,
+    undisturbed,
+)
 from lightning_efficient_init.errors import CheckpointError, DeferredParameterError, shorten
 from lightning_efficient_init.garbage import collections_paused
 from lightning_efficient_init.load.bind import Binding, named_state
@@ -114,7 +123,8 @@ def run_plan(
         loaded = _write(model, plan.binding, settings, meter, mmap=mmap, replicas=replicas)
         num_bytes = planned_bytes if replicas is None else replicas.num_bytes_read(planned_bytes)
         initialized = _initialize_rest(model, plan.binding)
-        forget(plan.binding.tensors[name] for name in plan.binding.loaded_by_calls)
+        tensors = plan.binding.tensors
+        forget((tensors[name] for name in plan.binding.loaded_by_calls), tensors.values())
     return LoadReport(
         loaded=loaded,
         initialized=initialized,
@@ -156,7 +166,7 @@ def _write(
     except CheckpointError as error:
         error.add_written(names)
         raise
-    forget(tensors[name] for name in (*binding.entries, *binding.values))
+    forget((tensors[name] for name in (*binding.entries, *binding.values)), tensors.values())
     return tuple(names)
 
 
@@ -366,6 +376,7 @@ def _batches(sinks: Sequence[Sink], max_scratch: int) -> Iterator[tuple[list[Sin
 def _initialize_rest(model: Module, binding: Binding) -> tuple[str, ...]:
     """Run the initializers of parameters that nobody has written by now, also of those that a load hook forgave."""
     written = binding.entries.keys() | binding.values.keys()
-    if not any(has_recipe(tensor) for name, tensor in binding.tensors.items() if name not in written):
+    waiting = (item for item in binding.tensors.items() if item[0] not in written)
+    if not any(has_recipe(tensor) for _, tensor in itertools.chain(waiting, hidden_parameters(model))):
         return ()
     return tuple(initialize(model))

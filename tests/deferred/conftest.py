@@ -34,6 +34,7 @@ def assert_same_tensor(found, expected, name=""):
     assert found.device == expected.device, name
     assert found.shape == expected.shape, name
     assert found.stride() == expected.stride(), name
+    assert (found.is_conj(), found.is_neg()) == (expected.is_conj(), expected.is_neg()), name
     assert found.requires_grad == expected.requires_grad, name
     assert (
         torch.equal(found.detach().view(-1).nan_to_num(7.5), expected.detach().view(-1).nan_to_num(7.5))

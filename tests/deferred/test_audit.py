@@ -249,6 +249,84 @@ def test_copies_of_an_empty_model_have_its_initial_values_once_it_has_others(wri
     assert not uninitialized_parameters(made)
 
 
+class Student(nn.Module):
+    """Keeps from its state dict what it does not train."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 4)
+        self.scales = [nn.Parameter(torch.full((4,), 2.0))]
+        self.teachers = {"first": (nn.Linear(4, 4), nn.Linear(4, 4))}
+        self.teachers["second"] = [copy.deepcopy(self.net)]
+        self.__dict__["norm"] = nn.LayerNorm(4)
+        shift = nn.Parameter(torch.full((4,), 0.5))
+        self.shifted = lambda x: x + shift
+
+    def forward(self, x):
+        first, second = self.teachers["first"]
+        return self.shifted(self.norm(second(first(self.net(x)))) * self.scales[0] + self.teachers["second"][0](x))
+
+
+def built_students():
+    torch.manual_seed(0)
+    expected = Student()
+    torch.manual_seed(0)
+    with empty_init():
+        found = Student()
+    return found, expected
+
+
+def test_parameters_that_are_not_registered_are_initialized_at_first_use():
+    found, expected = built_students()
+    assert "teachers['first'][1].bias" in uninitialized_parameters(found)
+    watch(found)
+    with pytest.warns(UninitializedParameterWarning, match=r"'norm\.weight'"):
+        assert torch.equal(found(torch.ones(1, 4)), expected(torch.ones(1, 4)))
+
+
+def test_parameters_that_are_not_registered_are_initialized_when_the_others_are_loaded(tmp_path):
+    found, expected = built_students()
+    torch.save(expected.state_dict(), tmp_path / "m.pth")
+    report = load_checkpoint(found, tmp_path / "m.pth")
+    assert "teachers['first'][0].weight" in report.initialized
+    assert torch.equal(found(torch.ones(1, 4)), expected(torch.ones(1, 4)))
+
+
+def test_plain_tensors_that_require_gradients_get_their_values_at_once():
+    with empty_init():
+        holder = nn.Module()
+        holder.scale = torch.full((4,), 3.0, requires_grad=True)
+    assert holder.scale.tolist() == [3.0] * 4
+
+
+def test_copies_made_while_a_model_is_recorded_have_its_initial_values_once_it_has_others(tmp_path):
+    torch.manual_seed(0)
+    expected = nn.Linear(4, 5)
+    torch.manual_seed(0)
+    with empty_init():
+        model = nn.Linear(4, 5)
+        average = copy.deepcopy(model)
+    torch.save({"weight": torch.ones(5, 4), "bias": torch.ones(5)}, tmp_path / "m.pth")
+    load_checkpoint(model, tmp_path / "m.pth")
+    assert torch.equal(average.weight, expected.weight)
+    assert model.weight.min() == 1
+
+
+def test_layers_that_are_copies_of_each_other_run_no_initializer(tmp_path):
+    with empty_init():
+        model = nn.Transformer(8, 2, 2, 2, 16, batch_first=True)
+    assert len(uninitialized_parameters(model)) == len(list(model.parameters()))
+
+
+def test_members_that_are_copies_of_each_other_are_reported_as_initialized(tmp_path):
+    with empty_init():
+        first = nn.Linear(3, 3)
+        model = nn.Sequential(first, copy.deepcopy(first))
+    torch.save({"0.weight": torch.ones(3, 3), "0.bias": torch.ones(3)}, tmp_path / "m.pth")
+    report = load_checkpoint(model, tmp_path / "m.pth", strict=False)
+    assert report.initialized == ("1.weight", "1.bias")
+
+
 def test_a_parameter_written_in_part_is_reported():
     found, expected = build()
     state = expected.state_dict()

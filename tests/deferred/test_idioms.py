@@ -5,11 +5,17 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections import namedtuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.nn.utils import parametrize, prune
+
+from lightning_efficient_init import load_checkpoint
+from lightning_efficient_init.deferred import deferred_init, empty_init, materialize, watch
 
 
 def holder(**values):
@@ -131,6 +137,96 @@ def written_by_lists():
     return layer
 
 
+def written_by_other_indices():
+    layer = nn.Linear(6, 7)
+    data = layer.weight.data
+    data[range(2)] = 0.0
+    data[np.array([3, 5])] = 1.0
+    data[np.arange(7) > 5] = 2.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data[[[0, 1], [2, 3]]] = 3.0
+    data[([[4], [5]], [[0, 1]])] = 4.0
+    data[[]] = 5.0
+    layer.picked = data[[np.int64(1)]]
+    return layer
+
+
+def state_space(size=6):
+    """The initial state of S4: its matrix in the basis of its eigenvectors."""
+    root = torch.sqrt(1 + 2 * torch.arange(size, dtype=torch.float32))
+    matrix = torch.tril(root[:, None] * root) - torch.diag(torch.arange(size))
+    vectors = torch.linalg.eigh((-matrix + 0.5 * root[:, None] * root) * -1j)[1]
+    return holder(
+        inverse=nn.Parameter(vectors.conj().T.contiguous()), b=nn.Parameter(vectors.conj().T @ root.to(vectors.dtype))
+    )
+
+
+def conjugated():
+    weight = torch.randn(4, 4, dtype=torch.cfloat)
+    weight.conj().imag[0].fill_(3)
+    skew = nn.Parameter(weight - weight.mH)
+    return holder(
+        lazy=nn.Parameter(weight.conj()),
+        negative=nn.Parameter(weight.conj().imag.contiguous()),
+        skew=skew,
+        adjoint=skew.data.mH,
+        unitary=nn.Parameter(torch.matrix_exp(skew.data)),
+    )
+
+
+def scaled_by_its_spectrum():
+    layer = nn.Linear(40, 40)
+    layer.weight.data /= torch.linalg.matrix_norm(layer.weight.data, 2)
+    layer.norms = [torch.linalg.norm(layer.weight.data, order) for order in (None, 2, "nuc")]
+    layer.values = (
+        torch.linalg.svdvals(layer.weight.data),
+        torch.linalg.eigvalsh(layer.weight.data @ layer.weight.data.T),
+    )
+    layer.of_real_numbers = torch.linalg.svdvals(torch.eye(30) + torch.arange(30) / 7)
+    return layer
+
+
+def functions_that_make_tensors_of_their_own():
+    layer = nn.Linear(4, 4)
+    weight = layer.weight.data
+    layer.made = [
+        functional.softmax(weight, -1, dtype=torch.float64),
+        functional.cosine_similarity(weight, 2 * weight + 1),
+        functional.pad(weight[None], (1, 1), mode="circular"),
+        functional.dropout(weight, p=1.0),
+        functional.scaled_dot_product_attention(weight[None], weight[None], weight[None], is_causal=True),
+        torch.quantile(weight, 0.3),
+        torch.cov(weight),
+        torch.linalg.multi_dot([weight, torch.eye(4), weight]),
+        torch.take_along_dim(weight, torch.tensor([[0, 1, 2, 3]]), 0),
+    ]
+    layer.register_buffer("table", functional.log_softmax(torch.rand(4), -1, dtype=torch.float64), persistent=False)
+    return layer
+
+
+def bag():
+    model = nn.EmbeddingBag(5, 3)
+    model.seen = model(torch.tensor([[1, 2]])).detach()
+    return model
+
+
+State = namedtuple("State", ["hidden", "cell"])
+
+
+def state_by_name():
+    model = nn.LSTM(4, 5)
+    model.seen = model(torch.ones(2, 1, 4), State(torch.zeros(1, 1, 5), torch.ones(1, 1, 5)))[0].detach()
+    return model
+
+
+def by_element():
+    layer = nn.Linear(3, 2)
+    layer.weight.data.apply_(lambda number: number + 10)
+    layer.bias.data.map_(layer.bias.data * 2, lambda a, b: a + b)
+    return holder(layer=layer, table=nn.Parameter(torch.ones(3).apply_(lambda number: number * 3)))
+
+
 def measured():
     model = nn.Sequential(nn.Linear(3, 5), nn.LazyLinear(4))
     model(torch.ones(2, 3))
@@ -184,6 +280,13 @@ IDIOMS = {
     "nested lists": lambda: holder(x=[{"a": torch.rand(3)}, (torch.zeros(2), [torch.randn(20)])]),
     "indexed by lists": lambda: holder(w=nn.Parameter(torch.randn(9, 3)[[3, 1, 2]]), v=written_by_lists()),
     "measured by a forward": measured,
+    "state space": state_space,
+    "conjugated": conjugated,
+    "scaled by its spectrum": scaled_by_its_spectrum,
+    "functions that make tensors of their own": functions_that_make_tensors_of_their_own,
+    "bag": bag,
+    "state by name": state_by_name,
+    "indexed by ranges, arrays and nested lists": written_by_other_indices,
     "requires_grad of a plain tensor": lambda: holder(x=torch.randn(5, requires_grad=True)),
 }
 
@@ -193,14 +296,32 @@ def test_an_idiom_is_the_same(idiom, device, same_as_eager):
     same_as_eager(IDIOMS[idiom], device)
 
 
-@pytest.mark.parametrize("build", [data_dependent, old_constructors], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("build", [data_dependent, old_constructors, by_element], ids=lambda f: f.__name__)
 def test_an_idiom_is_the_same_if_some_parameters_stay_real(build, same_as_eager):
     same_as_eager(build, all_deferred=False)
 
 
-def test_lazy_modules_are_initialized_by_their_first_forward():
-    from lightning_efficient_init.deferred import deferred_init, materialize
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda m: torch.jit.trace(m, torch.ones(1, 3))])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_scripts_have_the_values_of_their_modules_and_can_be_loaded(compiled, tmp_path):
+    def build():
+        return nn.Sequential(nn.Linear(3, 3), compiled(nn.Linear(3, 4)))
 
+    torch.manual_seed(0)
+    expected = build()
+    torch.save(expected.state_dict(), tmp_path / "m.pth")
+    torch.manual_seed(0)
+    with deferred_init():
+        deferred = build()
+    with empty_init():
+        loaded = build()
+    load_checkpoint(loaded, tmp_path / "m.pth")
+    for found in (materialize(deferred), loaded):
+        watch(found)
+        assert torch.equal(found(torch.ones(1, 3)), expected(torch.ones(1, 3)))
+
+
+def test_lazy_modules_are_initialized_by_their_first_forward():
     torch.manual_seed(0)
     expected = nn.Sequential(nn.Linear(3, 4), nn.LazyLinear(5))
     torch.manual_seed(0)

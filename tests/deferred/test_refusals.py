@@ -57,6 +57,22 @@ def test_autocast_that_is_over_refuses_nothing():
     assert torch.equal(materialize(params)[0], expected)
 
 
+@pytest.mark.parametrize(
+    ("use", "what"),
+    [
+        (lambda p: setattr(p, "grad", torch.zeros_like(p)), r"Tensor\.grad"),
+        (lambda p: torch.autograd.grad(p.sum(), p), r"autograd\.grad"),
+        (lambda p: p.share_memory_(), r"share_memory_"),
+    ],
+)
+def test_what_needs_memory_is_refused(use, what):
+    with deferred_init():
+        param = nn.Linear(3, 4).weight
+        param.grad = None
+        with unrecordable(what):
+            use(param)
+
+
 def test_a_backward_is_refused():
     with deferred_init(), unrecordable(r"Tensor\.backward.*gradients"):
         nn.Linear(3, 1)(torch.ones(2, 3)).sum().backward()
