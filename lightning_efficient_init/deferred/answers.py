@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, resolve_name
 from torch.utils._device import DeviceContext, _device_constructors
 
 from lightning_efficient_init.deferred.arguments import (
@@ -256,7 +256,7 @@ def _has_no_memory(tensor: torch.Tensor) -> bool:
 
 def _address(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if _has_no_memory(args[0]):
-        raise refusal("data_ptr", "a deferred tensor has no memory")
+        raise refusal(_name(func), "a deferred tensor has no memory")
     recorder.expose(args[0])
     return func(*args, **kwargs)
 
@@ -378,17 +378,12 @@ def _backward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
     with torch._C.DisableTorchFunction():
         has_deferred = any(map(is_deferred, tensors_in(args, kwargs)))
     if has_deferred and args[-1] is not None:  # as what `zero_grad` sets
-        raise refusal(_name_of(func), "gradients of deferred tensors would have no memory")
+        raise refusal(_name(func), "gradients of deferred tensors would have no memory")
     return func(*args, **kwargs)
 
 
-def _name_of(func: Any) -> str:
-    owner = getattr(func, "__self__", None)  # of what sets an attribute, the attribute
-    return f"Tensor.{getattr(owner, '__name__', func.__name__)}" if func is not torch.autograd.grad else "autograd.grad"
-
-
-def _share(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    raise refusal("Tensor.share_memory_", "a deferred tensor has no memory")
+def _name(func: Any) -> str:
+    return resolve_name(func) or f"{func.__module__}.{func.__qualname__}"
 
 
 def _type(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -446,6 +441,7 @@ _ANSWERS: dict[Any, Any] = {
     _T.__array__: _numpy,
     _T.data_ptr: _address,
     _T.__dlpack__: _address,
+    _T.share_memory_: _address,
     _T.to: _to_like,
     _T.type_as: _to_like,
     _T.new: _new,
@@ -458,7 +454,6 @@ _ANSWERS: dict[Any, Any] = {
     _T.backward: _backward,
     _T.grad.__set__: _backward,  # type: ignore[union-attr]
     torch.autograd.grad: _backward,
-    _T.share_memory_: _share,
     _T.type: _type,
     _T.copy_: _copy,
     _T.__deepcopy__: _deepcopy,
