@@ -20,6 +20,7 @@ from torch.utils._device import DeviceContext, _device_constructors
 from lightning_efficient_init.deferred.arguments import (
     CPU,
     META,
+    asks_for_meta,
     indexed,
     is_deferred,
     is_external,
@@ -183,11 +184,21 @@ def _whole(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[st
     They get real values, run unseen, and are written down as one operation.
     """
     _, kwargs = _below(func, kwargs)
-    if func is torch.linalg.norm and (args[1] if len(args) > 1 else kwargs.get("ord")) not in (2, -2, "nuc"):
-        return func(*args, **kwargs)
+    is_plain = func is torch.linalg.norm and (args[1] if len(args) > 1 else kwargs.get("ord")) not in (2, -2, "nuc")
     with undisturbed():
-        real_args, real_kwargs = values_of((args, kwargs))
-        return recorder.tape.run_whole(func, args, kwargs, lambda: func(*real_args, **real_kwargs))
+        tensors = list(tensors_in(args, kwargs))
+        has_meta = asks_for_meta(kwargs) or any(t.is_meta and recipe_of(t) is None for t in tensors)
+        if not (is_plain or has_meta or recorder.paused or kwargs.get("out") is not None):
+            real_args, real_kwargs = values_of((args, kwargs))
+            return recorder.tape.run_whole(func, args, kwargs, lambda: func(*real_args, **real_kwargs))
+    return _as_it_is(recorder, func, args, kwargs)
+
+
+def _as_it_is(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        out = func(*args, **kwargs)
+    recorder.track(out)
+    return out
 
 
 def _by_element(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -206,10 +217,7 @@ def _chooses_by_device(recorder: Recorder, func: Any, args: tuple[Any, ...], kwa
     """``dropout`` and others take other kernels, and random numbers, on CUDA; for meta tensors they take the CPU's."""
     recipes = [recipe_of(t) for t in tensors_in(args, kwargs) if t.is_meta]
     if all(recipe is None or recipe.device.type == "cpu" for recipe in recipes):
-        with torch._C.DisableTorchFunctionSubclass():
-            out = func(*args, **kwargs)
-        recorder.track(out)
-        return out
+        return _as_it_is(recorder, func, args, kwargs)
     return _looks_at_devices(recorder, func, args, kwargs)
 
 
@@ -481,7 +489,7 @@ _PARTICULAR = (
 )
 _ANSWERS |= {getattr(torch.linalg, name): _whole for name in _SPECTRAL}
 _ANSWERS |= {getattr(owner, n): _whole for owner in (torch, torch.Tensor) for n in _PARTICULAR if hasattr(owner, n)}
-_ANSWERS |= dict.fromkeys((functional.embedding_bag, torch.svd_lowrank, torch.pca_lowrank, torch.fft.rfft2), _whole)
+_ANSWERS |= dict.fromkeys((functional.embedding_bag, torch.fft.rfft2), _whole)
 _ANSWERS |= dict.fromkeys((_T.apply_, _T.map_, _T.map2_), _by_element)
 _RUNNING: dict[Any, tuple[int, int]] = {torch.batch_norm: (3, 4), torch.instance_norm: (3, 4)}
 _RUNNING |= {functional.batch_norm: (1, 2), functional.instance_norm: (1, 2)}
