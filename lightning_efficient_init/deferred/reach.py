@@ -6,14 +6,16 @@ dicts and optimizers. They compute all the same, and nothing of them may stay wi
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch.nn import Module, Parameter
 
-_CONTAINERS = frozenset({list, tuple, dict, set, frozenset})
-_REGISTERED = frozenset({"_parameters", "_buffers", "_modules"})
+_CONTAINERS = frozenset({list, tuple, dict, OrderedDict, set, frozenset})
+_OF_ALL = frozenset(vars(Module()))  # attributes that every module has
 
 
 def named_tensors(model: Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -32,17 +34,20 @@ def named_parameters(model: Module, *, remove_duplicate: bool = True) -> Iterato
 
 def hidden_parameters(model: Module) -> Iterator[tuple[str, Parameter]]:
     """Parameters that belong to a model unregistered: in containers, and in modules there; each once, by its path."""
-    waiting = list(model.named_modules())
-    known = {id(module) for _, module in waiting}
+    known = _registered(model)
+    holders = {key for key, module in known.items() if any(True for _ in _held(module))}
+    if not holders:
+        return  # as nearly always, also where there are very many modules
+    waiting = [(path, module) for path, module in model.named_modules() if id(module) in holders]
     hidden: dict[int, tuple[str, Parameter]] = {}
     while waiting:
         path, module = waiting.pop()
-        for name, found in _held(path, module):
+        for name, found in _found_in(path, module):
             if isinstance(found, Parameter):
                 hidden.setdefault(id(found), (name, found))
             elif isinstance(found, Module):
                 fresh = [(below, child) for below, child in found.named_modules(prefix=name) if id(child) not in known]
-                known.update(id(child) for _, child in fresh)
+                known |= {id(child): child for _, child in fresh}
                 waiting += fresh
                 params = [(_join(below, n), p) for below, child in fresh for n, p in child._parameters.items()]
                 hidden = {id(p): (name, p) for name, p in params if p is not None} | hidden
@@ -51,19 +56,40 @@ def hidden_parameters(model: Module) -> Iterator[tuple[str, Parameter]]:
         yield from (item for key, item in hidden.items() if key not in registered)
 
 
-def _held(path: str, module: Module) -> Iterator[tuple[str, Module | torch.Tensor]]:
+def _registered(model: Module) -> dict[int, Module]:
+    """What ``model.modules()`` gives, by id and in a fraction of the time."""
+    known: dict[int, Module] = {}
+    waiting: list[Module | None] = [model]
+    while waiting:
+        module = waiting.pop()
+        if module is not None and id(module) not in known:
+            known[id(module)] = module
+            waiting += module._modules.values()
+    return known
+
+
+def _held(module: Module) -> Iterator[tuple[str, Any]]:
+    """Attributes that are modules, tensors or containers, beside those that every module has."""
+    attributes = vars(module)
+    for name in attributes.keys() - _OF_ALL:
+        value = attributes[name]
+        if isinstance(value, (Module, torch.Tensor)) or (type(value) in _CONTAINERS and value):
+            yield name, value
+
+
+def _found_in(path: str, module: Module) -> Iterator[tuple[str, Module | torch.Tensor]]:
     """Modules and tensors that a module has as plain attributes, or in containers that are."""
-    for name, value in module.__dict__.items():
+    for name, value in sorted(_held(module), key=itemgetter(0)):
         if isinstance(value, (Module, torch.Tensor)):
             yield _join(path, name), value
-        elif type(value) in _CONTAINERS and value and name not in _REGISTERED:
+        else:
             yield from _contained(_join(path, name), value, frozenset())
 
 
 def _contained(path: str, container: Any, around: frozenset[int]) -> Iterator[tuple[str, Module | torch.Tensor]]:
     """Modules and tensors in a container, which is inside of those ``around``."""
     around |= {id(container)}
-    for key, value in container.items() if type(container) is dict else enumerate(container):
+    for key, value in container.items() if isinstance(container, dict) else enumerate(container):
         if isinstance(value, (Module, torch.Tensor)):
             yield f"{path}[{key!r}]", value
         elif type(value) in _CONTAINERS and value and id(value) not in around:

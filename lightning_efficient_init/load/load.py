@@ -119,10 +119,11 @@ def run_plan(
     model = plan.binding.module
     devices = {tensor.device for tensor in plan.binding.tensors.values()}
     planned_bytes = plan.num_bytes
+    is_recorded = any(map(has_recipe, plan.binding.tensors.values()))
     with Meter(planned_bytes, devices, progress) as meter:
         loaded = _write(model, plan.binding, settings, meter, mmap=mmap, replicas=replicas)
         num_bytes = planned_bytes if replicas is None else replicas.num_bytes_read(planned_bytes)
-        initialized = _initialize_rest(model, plan.binding)
+        initialized = _initialize_rest(model, plan.binding) if is_recorded else ()
         tensors = plan.binding.tensors
         forget((tensors[name] for name in plan.binding.loaded_by_calls), tensors.values())
     return LoadReport(
