@@ -26,7 +26,7 @@ from lightning_efficient_init.load import own_code
 from lightning_efficient_init.load.keys import strip_wrappers
 from lightning_efficient_init.quantize import QuantizedLayer, QuantizedParameter
 from lightning_efficient_init.quantize.state import adopt, find, full_shape, weight_of
-from lightning_efficient_init.sharding import FLAT_NAME, is_dtensor, part_of, shown_whole, stand_ins
+from lightning_efficient_init.sharding import FLAT_NAME, is_dtensor, part_of, reshard, shown_whole, stand_ins
 from lightning_efficient_init.sinks import is_direct, obstacle, shape_of
 
 Shape = tuple[int, ...]
@@ -82,10 +82,15 @@ class StateTree:
 
     @classmethod
     def of(cls, module: Module, *, settled: bool = False) -> StateTree:
-        """Walk through ``module``; if ``settled``, once what waits for the end of a recording has been done to it."""
+        """Walk through ``module``; if ``settled``, as it is to be loaded.
+
+        What waits for the end of a recording has been done to it then, and what an evaluation left whole is in parts.
+        """
         if settled:
             settle(module)
         modules = list(walk(module))
+        if settled:
+            reshard([submodule for _, submodule in modules])
         return cls(modules, _tensors_of(modules))
 
 

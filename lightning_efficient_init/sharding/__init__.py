@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,10 +23,11 @@ from lightning_efficient_init.sharding.fsdp import (
     is_flattened,
     mark_parts,
     repeated_flat,
+    reshard_flat,
     stand_ins,
     stretch_of,
 )
-from lightning_efficient_init.sharding.fully_shard import offloaded, settle
+from lightning_efficient_init.sharding.fully_shard import is_resharding, offloaded, reshard_managed, settle
 from lightning_efficient_init.sharding.part import Block, Part, Rows, Stretch
 from lightning_efficient_init.sharding.zero3 import (
     PARTITION,
@@ -52,6 +53,7 @@ __all__ = [
     "is_flat",
     "is_flattened",
     "is_partitioned",
+    "is_resharding",
     "is_unmarked",
     "like_part",
     "mark_parts",
@@ -60,6 +62,7 @@ __all__ = [
     "partition",
     "refresh",
     "refresh_engine",
+    "reshard",
     "settle",
     "shape_of",
     "shown_whole",
@@ -134,4 +137,19 @@ def whole_part(tensor: torch.Tensor) -> Part:
 
 def has_parts(module: torch.nn.Module) -> bool:
     """Whether an engine has taken any parameter below ``module`` apart."""
-    return any(part_of(param) is not None for param in module.parameters()) or any(map(stand_ins, module.modules()))
+    return any(part_of(param) is not None for param in module.parameters()) or any(map(_had_parts, module.modules()))
+
+
+def reshard(modules: Sequence[torch.nn.Module]) -> None:
+    """Take apart again what engines keep whole after a forward without a backward, as an evaluation is.
+
+    Until then there are no parts to load into, or what is loaded into them is not what the next forward uses.
+    """
+    if torch.distributed.is_initialized():  # without processes nothing is in parts
+        reshard_managed(modules)
+        reshard_flat(modules)
+
+
+def _had_parts(module: torch.nn.Module) -> bool:
+    """Whether an engine has taken the module's own parameters apart, though they may not look like that now."""
+    return bool(stand_ins(module)) or any(map(is_resharding, module._load_state_dict_pre_hooks.values()))

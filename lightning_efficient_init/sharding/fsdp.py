@@ -10,7 +10,7 @@ The attributes of flat parameters are private to torch and have had these names 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +92,20 @@ def stretch_of(tensor: torch.Tensor) -> Stretch:
         return Stretch(shape, 0, shard[:0], is_whole)
     memory = shard[info.offset_in_shard : info.offset_in_shard + info.numel_in_shard]
     return Stretch(shape, info.intra_param_start_idx, memory, is_whole)
+
+
+def reshard_flat(modules: Iterable[Module]) -> None:
+    """Free whole flat parameters that a forward without a backward has left to ``modules``: of the root, if not of all.
+
+    As long as they are there FSDP gathers none anew, and does not see what has been loaded into shards.
+    """
+    tensors = [tensor for module in modules for tensor in (*module._parameters.values(), *stand_ins(module).values())]
+    places: list[_Place] = [tensor.__dict__[MARK] for tensor in tensors if tensor is not None and is_flattened(tensor)]
+    handles: set[Any] = {place.handle() for place in places} - {None}
+    for handle in handles:
+        was_used = hasattr(handle.flat_param, "_full_param_padded")
+        if was_used and handle.uses_sharded_strategy and not handle.needs_unshard():
+            handle.reshard(True)
 
 
 def _handles(module: Module) -> Iterator[tuple[Any, distributed.ProcessGroup | None]]:

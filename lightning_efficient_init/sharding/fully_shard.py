@@ -5,7 +5,7 @@ The attributes are private to torch and have had these names from 2.6 to 2.13 (`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +22,19 @@ def settle(module: Module) -> None:
 def offloaded(module: Module) -> set[int]:
     """Identities of the parameters that FSDP2 wants in the memory of the CPU."""
     return {id(managed.sharded_param) for managed in _managed(module) if managed.offload_to_cpu}
+
+
+def reshard_managed(modules: Iterable[Module]) -> None:
+    """Cut the parameters of ``modules`` again that a forward without a backward has left whole."""
+    for module in modules:
+        for hook in module._load_state_dict_pre_hooks.values():
+            if is_resharding(hook):  # which a module has also where it was sharded as a part of another
+                hook()
+
+
+def is_resharding(hook: Any) -> bool:
+    """Whether a hook that comes before loading is FSDP2's own, which cuts a module's parameters and does no more."""
+    return str(hook.__module__).startswith("torch.distributed.fsdp._fully_shard.")
 
 
 def _managed(module: Module) -> Iterator[Any]:

@@ -19,6 +19,7 @@ from lightning_efficient_init.load.optimizer import read_optimizer_state
 from lightning_efficient_init.load.postponed import has_waiting, take_waiting
 from lightning_efficient_init.load.replicas import agreed
 from lightning_efficient_init.quantize import QuantizedLayer
+from lightning_efficient_init.sharding import reshard
 from lightning_efficient_init.strategies.ddp import HasReplicas
 
 
@@ -41,6 +42,7 @@ class ShardsModules(HasReplicas):
             known: See `distribute`.
         """
         refuse_quantized(next((m.mode for m in module.modules() if isinstance(m, QuantizedLayer)), None))
+        reshard(list(module.modules()))  # one that has been evaluated is set up again
         replicas = self.replicas()
         with agreed(replicas):
             is_empty = has_waiting(module)

@@ -88,6 +88,69 @@ def test_loading_before_and_after_setup_gives_the_checkpoint(tmp_path, when, emp
         assert_equal_states(state, whole_state(expected))
 
 
+def _as_one(model, mesh):
+    """Nothing is a part by itself."""
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(model, mesh=mesh["data_parallel"])
+
+
+class BlocksAndGain(torch.nn.Module):
+    """Has blocks, a layer beside them, and a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(8, 8)
+        self.blocks = two_layers()
+        self.gain = torch.nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        return self.blocks(self.first(x)) * self.gain
+
+
+def _load_after_evaluations(rank, paths, engine, options, accelerator):
+    fabric = fabric_of(2, ENGINES[engine](**options), accelerator)
+    with fabric.init_module():
+        model = BlocksAndGain()
+    model = fabric.setup(model)
+    x = torch.ones(2, 8, device=fabric.device)
+    with torch.no_grad():
+        model(x)
+        fabric.load_raw(paths[0], model)
+        model(x)
+        first = whole_state(model._forward_module)
+        model(x)
+        report = load_checkpoint(model, paths[1])
+        model(x)
+    assert len(report.bytes_per_rank) == 2  # it is known that there are parts
+    return first, whole_state(model._forward_module)
+
+
+@pytest.mark.parametrize(
+    ("engine", "options"),
+    [
+        pytest.param("fsdp2", {}, marks=RUN_ENGINES[0].marks),
+        pytest.param(
+            "fsdp2",
+            {"parallelize_fn": _as_one, "data_parallel_size": 2, "tensor_parallel_size": 1},
+            marks=RUN_ENGINES[0].marks,
+        ),
+        ("fsdp", {}),
+        ("fsdp", {"use_orig_params": False}),
+        ("fsdp", {"sharding_strategy": "SHARD_GRAD_OP"}),
+    ],
+)
+def test_what_is_loaded_after_an_evaluation_is_what_the_next_one_uses(tmp_path, engine, options, accelerator):
+    expected = [BlocksAndGain().state_dict(), BlocksAndGain().state_dict()]
+    expected[1]["gain"] += 1
+    paths = [tmp_path / "a.pth", tmp_path / "b.pth"]
+    for path, state in zip(paths, expected, strict=True):
+        torch.save(state, path)
+    for states in run_ranks(_load_after_evaluations, 2, paths, engine, options, accelerator):
+        for found, state in zip(states, expected, strict=True):
+            assert_equal_states(found, state)
+
+
 class OwnLoadingCode(torch.nn.Module):
     """Layers that torch loads by code of their own."""
 

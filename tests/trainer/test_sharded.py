@@ -204,6 +204,31 @@ def test_load_from_checkpoint_inside_init_module_waits_for_sharding(tmp_path, en
             assert torch.equal(state[name], value), name
 
 
+def _go_back(rank, path, engine, how):
+    trainer = trainer_of(f"efficient_init_{engine}")
+    model = seeded(rank, trainer)
+    trainer.fit(model, data())
+    trainer.validate(model, data(), verbose=False)
+    trainer.save_checkpoint(path)
+    saved = whole(trainer)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(model, data())
+    for _ in range(2):
+        trainer.validate(model, data(), verbose=False)
+    trained = whole(trainer)
+    trainer.fit_loop.max_epochs = 1  # which has been, according to the checkpoint
+    getattr(trainer, how)(model, data(), ckpt_path=path)
+    return saved, trained, whole(trainer)
+
+
+@engines
+@pytest.mark.parametrize("how", ["fit", "validate"])
+def test_a_model_that_has_been_evaluated_goes_back_to_a_checkpoint(tmp_path, engine, how):
+    for saved, trained, restored in run_ranks(_go_back, 2, tmp_path / "a.ckpt", engine, how):
+        assert not torch.equal(trained["shift"], saved["shift"])
+        assert_equal_states(restored, saved)
+
+
 class SavesFirstEpoch(L.Callback):
     def __init__(self, path):
         self.path = path
