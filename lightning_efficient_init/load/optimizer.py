@@ -95,6 +95,7 @@ def _refuse_flat(params: list[torch.Tensor], path: str) -> None:
 
 def _match(tree: Mapping[str, Any], params: list[torch.Tensor], model: Module, path: str) -> list[_Saved]:
     """For each parameter of the optimizer, what was saved of it."""
+    state = tree.get("state", {})  # distributed checkpoints have no empty dicts
     keys = [(key, group) for group in tree["param_groups"] for key in group["params"]]
     if all(isinstance(key, int) for key, _ in keys):
         if len(keys) != len(params):
@@ -102,8 +103,8 @@ def _match(tree: Mapping[str, Any], params: list[torch.Tensor], model: Module, p
                 f"{path}: the optimizer has {len(params)} parameters, the saved one {len(keys)}. Make the optimizer of "
                 "the same parameters in the same order, or load the model alone."
             )
-        return [_Saved(tree["state"].get(key, {}), group) for key, group in keys]
-    by_name = {strip_wrappers(str(key)): _Saved(tree["state"].get(key, {}), group) for key, group in keys}
+        return [_Saved(state.get(key, {}), group) for key, group in keys]
+    by_name = {strip_wrappers(str(key)): _Saved(state.get(key, {}), group) for key, group in keys}
     names: dict[int, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(param), []).append(strip_wrappers(name))

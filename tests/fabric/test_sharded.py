@@ -253,6 +253,31 @@ def test_what_is_saved_resumes_with_the_same_losses(tmp_path, engine, kind, acce
     run_ranks(_save_and_resume, 2, tmp_path / "a.ckpt", engine, kind, accelerator)
 
 
+def _resume_without_state(rank, path, engine, kind, make):
+    fabric = fabric_of(2, saving(engine, kind))
+    model, optimizer = _setup_with(fabric, make)
+    fabric.save(path, {"model": model, "optimizer": optimizer})
+    saved = whole_state(model._forward_module)
+    expected = train(fabric, model, optimizer, 2)
+    model, optimizer = _setup_with(fabric, make)
+    optimizer.param_groups[0]["lr"] = 1.0
+    fabric.load(path, {"model": model, "optimizer": optimizer})
+    assert_equal_states(whole_state(model._forward_module), saved)
+    assert train(fabric, model, optimizer, 2) == expected
+
+
+def _setup_with(fabric, make):
+    model = fabric.setup(built(fabric))
+    return model, fabric.setup_optimizers(make(trainable(model), lr=1e-2))
+
+
+@running_engines
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam])
+def test_an_optimizer_that_has_no_state_is_resumed(tmp_path, engine, kind, make):
+    run_ranks(_resume_without_state, 2, tmp_path / "a.ckpt", engine, kind, make)
+
+
 def _bytes_read(rank, path, engine, dim):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard
