@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch.nn import Module
-from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX, _IncompatibleKeys
 
 from lightning_efficient_init.checkpoint import Entry, LazyTensor, map_leaves, read_entry
 from lightning_efficient_init.deferred import settle
@@ -26,7 +26,15 @@ from lightning_efficient_init.load import own_code
 from lightning_efficient_init.load.keys import strip_wrappers
 from lightning_efficient_init.quantize import QuantizedLayer, QuantizedParameter
 from lightning_efficient_init.quantize.state import adopt, find, full_shape, weight_of
-from lightning_efficient_init.sharding import FLAT_NAME, is_dtensor, part_of, reshard, shown_whole, stand_ins
+from lightning_efficient_init.sharding import (
+    FLAT_NAME,
+    is_dtensor,
+    is_fsdp2_hook,
+    part_of,
+    reshard,
+    shown_whole,
+    stand_ins,
+)
 from lightning_efficient_init.sinks import is_direct, obstacle, shape_of
 
 Shape = tuple[int, ...]
@@ -113,6 +121,7 @@ def bind(module: Module, state: Mapping[str, Any], metadata: Any = None, tree: S
         by_name = {name: tensor for name, tensor in by_name.items() if name not in weights}
     with torch._C.DisableTorchFunction():  # while construction is recorded, every look at a tensor costs
         _bind_by_name(by_name, state, binding)
+    binding.calls += _fsdp2_calls(standard)
     used = _bind_special(special, state, metadata if isinstance(metadata, Mapping) else {}, binding)
     if special:
         _put_in_order(binding)
@@ -194,7 +203,19 @@ def _has_loading_code(module: Module) -> bool:
     if "_fsdp_wrapped_module" in module._modules:
         return False  # FSDP's hooks gather parameters for code that does not know their parts
     is_standard = cls._load_from_state_dict is Module._load_from_state_dict or isinstance(module, QuantizedLayer)
-    return bool(not is_standard or module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks)
+    before, after = module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks
+    has_hooks = (before or after) and not all(map(is_fsdp2_hook, (*before.values(), *after.values())))
+    return bool(not is_standard or has_hooks)
+
+
+def _fsdp2_calls(modules: Iterable[tuple[str, Module]]) -> Iterator[Callable[[], object]]:
+    """What FSDP2 does after modules have loaded that have no code of their own: it looks for parameters' memory anew.
+
+    What it does before, `reshard` has done.
+    """
+    for _, module in modules:
+        for hook in filter(is_fsdp2_hook, module._load_state_dict_post_hooks.values()):
+            yield partial(hook, module, _IncompatibleKeys([], []))
 
 
 def _bind_by_name(tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], binding: Binding) -> None:

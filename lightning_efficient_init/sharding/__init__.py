@@ -27,7 +27,7 @@ from lightning_efficient_init.sharding.fsdp import (
     stand_ins,
     stretch_of,
 )
-from lightning_efficient_init.sharding.fully_shard import is_resharding, offloaded, reshard_managed, settle
+from lightning_efficient_init.sharding.fully_shard import is_fsdp2_hook, offloaded, reshard_managed, settle
 from lightning_efficient_init.sharding.part import Block, Part, Rows, Stretch
 from lightning_efficient_init.sharding.zero3 import (
     PARTITION,
@@ -52,8 +52,8 @@ __all__ = [
     "is_engine",
     "is_flat",
     "is_flattened",
+    "is_fsdp2_hook",
     "is_partitioned",
-    "is_resharding",
     "is_unmarked",
     "like_part",
     "mark_parts",
@@ -152,4 +152,4 @@ def reshard(modules: Sequence[torch.nn.Module]) -> None:
 
 def _had_parts(module: torch.nn.Module) -> bool:
     """Whether an engine has taken the module's own parameters apart, though they may not look like that now."""
-    return bool(stand_ins(module)) or any(map(is_resharding, module._load_state_dict_pre_hooks.values()))
+    return bool(stand_ins(module)) or any(map(is_fsdp2_hook, module._load_state_dict_pre_hooks.values()))

@@ -28,13 +28,13 @@ def reshard_managed(modules: Iterable[Module]) -> None:
     """Cut the parameters of ``modules`` again that a forward without a backward has left whole."""
     for module in modules:
         for hook in module._load_state_dict_pre_hooks.values():
-            if is_resharding(hook):  # which a module has also where it was sharded as a part of another
+            if is_fsdp2_hook(hook):  # which a module has also where it was sharded as a part of another
                 hook()
 
 
-def is_resharding(hook: Any) -> bool:
-    """Whether a hook that comes before loading is FSDP2's own, which cuts a module's parameters and does no more."""
-    return str(hook.__module__).startswith("torch.distributed.fsdp._fully_shard.")
+def is_fsdp2_hook(hook: Any) -> bool:
+    """Whether a hook before or after loading is FSDP2's own, which looks after memory and lets values be."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp._fully_shard.")
 
 
 def _managed(module: Module) -> Iterator[Any]:

@@ -24,6 +24,7 @@ from sharded_models import (
     trainable,
     whole_state,
 )
+from torchmetrics import MeanMetric
 
 from lightning_efficient_init import EfficientInit, load_checkpoint, uninitialized_parameters
 from lightning_efficient_init.deferred import UninitializedParameterWarning
@@ -208,6 +209,50 @@ def test_code_that_computes_what_it_writes_into_a_part_is_refused_before_anythin
     torch.save(state, tmp_path / "a.pth")
     with pytest.raises(AssertionError, match="last: has loading code of its own that computes what it writes"):
         run_ranks(_load_by_own_code, 2, Fused, tmp_path / "a.pth", "after", engine)
+
+
+class Counts(torch.nn.Module):
+    """Sets an attribute when it is loaded."""
+
+    def __init__(self, count=0):
+        super().__init__()
+        self.count = count
+
+    def get_extra_state(self):
+        return {"count": self.count}
+
+    def set_extra_state(self, state):
+        self.count = state["count"]
+
+
+class ParameterBesideCode(torch.nn.Module):
+    """Its own parameters load in the standard way, what is in it does not."""
+
+    def __init__(self, count=0):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.randn(8))
+        self.counts = Counts(count)
+        self.metric = MeanMetric()
+        self.metric.persistent(True)
+        self.metric(count)
+
+
+def _load_beside_code(rank, path, engine):
+    fabric = fabric_of(2, engine)
+    with fabric.init_module(empty_init=True):
+        model = ParameterBesideCode()
+    model = fabric.setup(model)
+    fabric.load_raw(path, model)
+    return model.counts.count, model.metric.compute().item(), whole_state(model._forward_module)["gain"]
+
+
+@engines
+def test_a_parameter_beside_modules_whose_code_sets_attributes_is_loaded(tmp_path, engine):
+    expected = ParameterBesideCode(count=3)
+    torch.save(expected.state_dict(), tmp_path / "a.pth")
+    for count, mean, gain in run_ranks(_load_beside_code, 2, tmp_path / "a.pth", engine):
+        assert (count, mean) == (3, 3.0)
+        assert torch.equal(gain, expected.gain)
 
 
 def _losses(rank, world_size, name):
