@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, get_args
 
@@ -27,6 +28,7 @@ from lightning_efficient_init.sharding import mark_parts
 from lightning_efficient_init.strategies.fsdp2 import repeated_blocks
 from lightning_efficient_init.strategies.sharded import ShardsModules
 
+_ROOT = "_efficient_init_root"
 _DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32, "64": torch.float64}
 
 
@@ -137,6 +139,28 @@ def _unsharded(options: dict[str, Any]) -> dict[str, Any]:
 def is_wrapped(module: Module) -> bool:
     """Whether somebody has wrapped the module, or a part of it, already."""
     return any("_fsdp_wrapped_module" in child._modules for child in module.modules())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Root:
+    """The unit around a module, which has the parameters that are in none of those below."""
+
+    unit: Module
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # around a copy or a pickle of the module there is none
+
+
+def keep_root(root: Module) -> None:
+    """Let the module inside ``root`` know it, and keep it: for whoever is given no more than the module later on."""
+    if (module := root._modules.get("_fsdp_wrapped_module")) is not None:
+        vars(module)[_ROOT] = _Root(root)
+
+
+def root_of(module: Module) -> Module | None:
+    """The unit around ``module``, if `keep_root` was told of it."""
+    root: _Root | None = vars(module).get(_ROOT)
+    return None if root is None else root.unit
 
 
 def _is_block(blocks: set[int], module: Module, recurse: bool, nonwrapped_numel: int) -> bool:

@@ -14,7 +14,9 @@ from lightning_efficient_init.strategies.fsdp import (
     WrapsModules,
     gathering,
     is_wrapped,
+    keep_root,
     making_mesh,
+    root_of,
 )
 from lightning_efficient_init.strategies.sharded import adapting
 from lightning_efficient_init.trainer.sharded import LoadsParts
@@ -36,7 +38,6 @@ class EfficientFSDPStrategy(WrapsModules, LoadsParts, FSDPStrategy):
     """
 
     strategy_name = "efficient_init_fsdp"
-    _wrapped: Module | None = None
 
     precision_plugin = adapting(FSDPStrategy.precision_plugin)
     precision_class = _Precision
@@ -57,10 +58,12 @@ class EfficientFSDPStrategy(WrapsModules, LoadsParts, FSDPStrategy):
             return super().optimizer_state(optimizer)
 
     def _setup_model(self, model: Module) -> Module:
-        """Wrap the module, once: it keeps its parameters when it is tested after it has been trained."""
-        if self._wrapped is None or self._wrapped._modules.get("_fsdp_wrapped_module") is not model:
-            self._wrapped = self.shard(model, self._wrap)
-        return self._wrapped
+        """Wrap the module, once: it keeps its parameters when it is tested after it was trained, by any Trainer."""
+        root = root_of(model)
+        if root is None:
+            root = self.shard(model, self._wrap)
+            keep_root(root)
+        return root
 
     def _wrap(self, module: Module) -> Module:
         if is_wrapped(module):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import math
+import weakref
 
 import lightning as L
 import pytest
@@ -227,6 +229,33 @@ def test_a_model_that_has_been_evaluated_goes_back_to_a_checkpoint(tmp_path, eng
     for saved, trained, restored in run_ranks(_go_back, 2, tmp_path / "a.ckpt", engine, how):
         assert not torch.equal(trained["shift"], saved["shift"])
         assert_equal_states(restored, saved)
+
+
+def _one_after_the_other(rank, path, engine):
+    trainer = trainer_of(f"efficient_init_{engine}")
+    model = seeded(rank, trainer)
+    trainer.fit(model, data())
+    trainer.save_checkpoint(path)
+    trained, first = whole(trainer), weakref.ref(trainer.strategy)
+    trainer = model.trainer = trainer_of(f"efficient_init_{engine}")
+    gc.collect()
+    assert first() is None
+    trainer.validate(model, data(), verbose=False)
+    validated = whole(trainer)
+    trainer = trainer_of(f"efficient_init_{engine}")
+    trainer.fit(model, data())
+    trained_on = whole(trainer)
+    trainer = trainer_of(f"efficient_init_{engine}")
+    trainer.validate(model, data(), ckpt_path=path, verbose=False)
+    return trained, validated, trained_on, whole(trainer)
+
+
+@engines
+def test_one_trainer_after_the_other_has_the_same_model(tmp_path, engine):
+    for trained, validated, trained_on, restored in run_ranks(_one_after_the_other, 2, tmp_path / "a.ckpt", engine):
+        assert_equal_states(validated, trained)
+        assert not torch.equal(trained_on["embed.weight"], trained["embed.weight"])
+        assert_equal_states(restored, trained)
 
 
 class SavesFirstEpoch(L.Callback):
