@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 import sys
 from typing import Any
@@ -12,6 +14,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from lightning_efficient_init.checkpoint import Entry
 from lightning_efficient_init.checkpoint.wording import show
 
 _WIDTH_IN_FILES = 220
@@ -54,6 +57,16 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def in_words(value: object) -> str:
+    """A value from a checkpoint on one line."""
+    return f"a tensor, {dtype_name(value.dtype)} {list(value.shape)}" if isinstance(value, Entry) else show(value)
+
+
+def print_json(content: Any) -> None:
+    """Write to standard output as JSON, which has neither infinity nor NaN."""
+    console().file.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
 def jsonable(value: Any) -> Any:
     """A value from a checkpoint for JSON: numbers, strings, lists and dicts as they are, all else in words.
 
@@ -63,10 +76,10 @@ def jsonable(value: Any) -> Any:
 
 
 def _jsonable(value: Any, seen: set[int], level: int) -> Any:
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if not isinstance(value, (dict, list, tuple)) or id(value) in seen or level > _MAX_LEVELS:
-        return show(value)
+        return in_words(value)
     seen.add(id(value))
     if isinstance(value, dict):
         return {str(key): _jsonable(item, seen, level + 1) for key, item in value.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,8 +11,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from lightning_efficient_init.checkpoint import Entry
-from lightning_efficient_init.checkpoint.wording import show
-from lightning_efficient_init.cli.console import console, dtype_name, jsonable, plain, size, table
+from lightning_efficient_init.cli.console import console, dtype_name, in_words, jsonable, plain, print_json, size, table
 from lightning_efficient_init.contents import Contents, Part, inspect_checkpoint
 
 _MAX_LEVELS = 32  # of names; what lies deeper is one name
@@ -29,10 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print a summary, or JSON."""
     contents = inspect_checkpoint(options.path)
-    out = console()
     if options.json:
-        out.file.write(json.dumps(_as_json(contents), indent=1) + "\n")
+        print_json(_as_json(contents))
         return 0
+    out = console()
     _print_overview(contents, out)
     for part in contents.weights:
         _print_tensors(part, contents, options.depth, out)
@@ -184,7 +182,7 @@ def _print_values(title: str, values: Mapping[str, Any], out: Console) -> None:
     if values:
         out.print(f"\n{title}")
     for name, value in values.items():
-        out.print(plain(f"  {name}: {_in_words(value)}"))
+        out.print(plain(f"  {name}: {in_words(value)}"))
 
 
 def _print_rest(contents: Contents, out: Console) -> None:
@@ -193,11 +191,7 @@ def _print_rest(contents: Contents, out: Console) -> None:
         out.print("\nAlso in it")
     for part in rest:
         amount = f"{part.kind}, {len(part.tensors)} tensors, {size(part.num_bytes)}"
-        out.print(plain(f"  {part.key}: {amount if part.tensors else _in_words(part.value)}"))
-
-
-def _in_words(value: Any) -> str:
-    return f"a tensor, {dtype_name(value.dtype)} {list(value.shape)}" if isinstance(value, Entry) else show(value)
+        out.print(plain(f"  {part.key}: {amount if part.tensors else in_words(part.value)}"))
 
 
 def _as_json(contents: Contents) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch.nn import Embedding, Linear, Module, ModuleList, Parameter
 
 from lightning_efficient_init.checkpoint import Entry, index_checkpoint
-from lightning_efficient_init.cli.console import console, plain, size, table
+from lightning_efficient_init.cli.console import console, plain, print_json, size, table
 from lightning_efficient_init.deferred import deferred_init
 from lightning_efficient_init.errors import UsageError
 from lightning_efficient_init.load.plan import LoadPlan, plan_load, unwrap
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     room = _room(options, asked)
     changes = [] if room is None or found.fits(room) else remedies(unwrap(model), plan, asked, room)
     if options.json:
-        console().file.write(json.dumps(_as_json(found, room, changes), indent=1) + "\n")
+        print_json(_as_json(found, room, changes))
     else:
         _print(found, plan, room, changes)
     return 0

@@ -1,6 +1,7 @@
 """``efficient-init inspect``: what it prints."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -82,6 +83,25 @@ def test_what_a_file_says_is_no_markup_and_moves_no_terminal(tmp_path, capsys):
     assert "t: a tensor, float32 [2]" in lines
     assert main(["inspect", str(tmp_path / "a.ckpt"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["hyperparameters"]["loop"][0] == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (math.inf, "inf"),
+        (-math.inf, "-inf"),
+        (math.nan, "nan"),
+        (torch.zeros(2), "a tensor, float32 [2]"),
+        (torch.float16, "torch.float16"),
+    ],
+)
+def test_what_json_has_no_word_for_is_there_as_it_is_printed(value, words, tmp_path, capsys):
+    values = {"x": value, "nested": {"x": [value]}}
+    torch.save({"state_dict": {"w": torch.zeros(2)}, "hyper_parameters": values}, tmp_path / "a.ckpt")
+    assert f"x: {words}" in shown(capsys, tmp_path / "a.ckpt")
+    assert main(["inspect", str(tmp_path / "a.ckpt"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found["hyperparameters"] == {"x": words, "nested": {"x": [words]}}
 
 
 def test_a_checkpoint_that_cannot_be_read_ends_with_the_reason(tmp_path, capsys):
