@@ -17,6 +17,7 @@ import os
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -28,12 +29,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_efficient_init.checkpoint import Entry
 from lightning_efficient_init.deferred import has_recipe
-from lightning_efficient_init.errors import UsageError
+from lightning_efficient_init.errors import QuantizationError, UsageError
 from lightning_efficient_init.load.keys import KeyMap
 from lightning_efficient_init.load.load import BATCH_BYTES, max_batches
 from lightning_efficient_init.load.pipeline import SLOTS_PER_THREAD, Settings, divide
 from lightning_efficient_init.load.plan import LoadPlan, plan_load, unwrap
+from lightning_efficient_init.quantize import QuantizedLayer
 from lightning_efficient_init.quantize.choose import choose
+from lightning_efficient_init.quantize.quantizer import check_choice, check_names, nothing_to_quantize
+from lightning_efficient_init.quantize.state import weight_of
 from lightning_efficient_init.sinks import sink_for
 from lightning_efficient_init.sinks.bitsandbytes import PART_BYTES
 from lightning_efficient_init.strategies.fsdp2 import repeated_blocks
@@ -148,6 +152,7 @@ class Question:
         ):
             if value not in choices:
                 raise UsageError(f"{name} {value!r}: expected one of {', '.join(map(repr, choices))}.")
+        check_choice(self.precision, self.quantize, self.skip_modules)
         if self.quantize is not None and self.strategy not in _REPLICATED:
             raise UsageError(
                 f"quantize={self.quantize!r} does not go with {self.strategy!r}, which shards parameters. Choose "
@@ -194,6 +199,7 @@ def plan_memory(
 
     Raises:
         UsageError: A name is unknown, or they do not go together.
+        QuantizationError: The model cannot be quantized so, as `EfficientInit` would say.
         StateDictMismatchError: The checkpoint does not fit the model.
         CheckpointError: The checkpoint cannot be read.
 
@@ -262,8 +268,12 @@ def remedies(model: Module, plan: LoadPlan | None, asked: Question, device_bytes
 def _first_fit(
     model: Module, plan: LoadPlan | None, asked: Question, changes: Sequence[dict[str, Any]], device_bytes: int
 ) -> MemoryPlan | None:
-    candidates = (answer(model, plan, replace(asked, **change)) for change in changes)
-    return next((candidate for candidate in candidates if candidate.fits(device_bytes)), None)
+    for change in changes:
+        with suppress(QuantizationError):  # a model may have nothing to quantize
+            candidate = answer(model, plan, replace(asked, **change))
+            if candidate.fits(device_bytes):
+                return candidate
+    return None
 
 
 def _other_precisions(asked: Question) -> Iterator[dict[str, Any]]:
@@ -289,13 +299,32 @@ def _other_shardings(asked: Question) -> Iterator[dict[str, Any]]:
         num_devices *= 2
 
 
+def _quantized_layers(model: Module, asked: Question) -> list[Module]:
+    """What setup would quantize of ``model``, or the error that it would raise."""
+    if asked.quantize is None:
+        return []
+    check_names(model, asked.skip_modules)
+    if _is_quantized(model):
+        return []  # what is still in full was added later, or left alone
+    layers = choose([model], asked.skip_modules)
+    if not layers:
+        raise nothing_to_quantize(model, asked.quantize)
+    return layers
+
+
+def _is_quantized(model: Module) -> bool:
+    """Whether there are quantized weights in it: in layers, or as a checkpoint of a quantized model names them."""
+    is_layer = any(isinstance(module, QuantizedLayer) for module in model.modules())
+    return is_layer or any(weight_of(name) is not None for name, _ in model.named_parameters())
+
+
 class _Sizes:
     """Bytes of a whole model, by kind."""
 
     def __init__(self, model: Module, asked: Question) -> None:
         self._asked = asked
         self._dtype = None if asked.precision is None else _DTYPES[asked.precision]
-        quantized = {id(m.weight) for m in choose([model], asked.skip_modules)} if asked.quantize else set()
+        quantized = {id(m.weight) for m in _quantized_layers(model, asked)}
         parameters = {id(p): p for p in model.parameters()}
         self.quantized_from = [self._plain(parameters[key]) for key in quantized]
         self.of_parameter = {

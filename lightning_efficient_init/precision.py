@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from lightning_efficient_init.deferred import watch
 from lightning_efficient_init.init_context import init_context, is_building_modules, is_empty_requested
 from lightning_efficient_init.quantize import QuantizeMode, Quantizer
-from lightning_efficient_init.quantize.quantizer import check_precision
+from lightning_efficient_init.quantize.quantizer import check_choice
 
 PrecisionName = Literal["32-true", "bf16-true", "16-true", "64-true", "bf16-mixed", "16-mixed"]
 
@@ -198,12 +198,8 @@ class EfficientInit(trainer_precision.Precision):
 
 
 def _quantizer(precision: str, mode: str | None, skip_modules: Sequence[str]) -> Quantizer | None:
-    if mode is not None:
-        check_precision(precision, mode)
-        return Quantizer(mode, skip_modules, _COMPUTE_DTYPES[precision])
-    if skip_modules:
-        raise ValueError('skip_modules says what is not quantized; pass quantize="nf4", say, or leave it out.')
-    return None
+    check_choice(precision, mode, skip_modules)
+    return None if mode is None else Quantizer(mode, skip_modules, _COMPUTE_DTYPES[precision])
 
 
 def _stock_plugin(library: Any, precision: str, device_type: str) -> Any:

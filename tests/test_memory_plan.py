@@ -1,5 +1,7 @@
 """``plan_memory``: against what processes really take, and against bitsandbytes' own layers."""
 
+import re
+
 import bitsandbytes as bnb
 import measured
 import pytest
@@ -7,10 +9,10 @@ import torch
 from ranks import run_ranks
 from torch import nn
 
-from lightning_efficient_init import deferred_init, plan_load
+from lightning_efficient_init import EfficientInit, deferred_init, plan_load
 from lightning_efficient_init.bench.llama import SIZES, LLaMA
 from lightning_efficient_init.bench.processes import in_fresh_process
-from lightning_efficient_init.errors import StateDictMismatchError, UsageError
+from lightning_efficient_init.errors import QuantizationError, StateDictMismatchError, UsageError
 from lightning_efficient_init.memory_plan import Question, answer, plan_memory, remedies
 from lightning_efficient_init.model_names import constructor_of
 
@@ -239,6 +241,29 @@ def test_pairs_of_changes_are_tried_where_one_is_not_enough():
 def test_unknown_names_are_refused(arguments, message):
     with pytest.raises(UsageError, match=message):
         plan_memory(nn.Linear(2, 2), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("precision", "arguments"),
+    [
+        ("64-true", {"quantize": "int8"}),
+        ("32-true", {"quantize": "int8", "skip_modules": ["nope"]}),
+        ("32-true", {"quantize": "nf4", "skip_modules": ["0"]}),
+        ("32-true", {"quantize": "nf4", "skip_modules": "0"}),
+        ("32-true", {"skip_modules": ["0"]}),
+    ],
+)
+def test_what_the_plugin_refuses_is_refused_in_its_words(precision, arguments):
+    with pytest.raises((QuantizationError, TypeError)) as refused:
+        EfficientInit(precision, **arguments).convert_module(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(type(refused.value), match=re.escape(str(refused.value))):
+        plan_memory(nn.Sequential(nn.Linear(2, 2)), precision=precision, **arguments)
+
+
+def test_a_model_without_layers_to_quantize_has_the_other_remedies():
+    model, asked = nn.Embedding(1000, 1000), Question(precision="64-true", device_type="cpu")
+    assert [plan.precision for plan in remedies(model, None, asked, 3_000_000)] == ["bf16-true"]
+    assert remedies(model, None, asked, 1_000_000) == []
 
 
 def test_a_checkpoint_that_does_not_fit_the_model_is_an_error(tmp_path):

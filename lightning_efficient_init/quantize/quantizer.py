@@ -41,8 +41,6 @@ class Quantizer:
     def __init__(self, mode: str, skip: Sequence[str], compute_dtype: torch.dtype) -> None:
         if mode not in MODES:
             raise ValueError(f"quantize must be one of {', '.join(MODES)}, or None; found {mode!r}.")
-        if isinstance(skip, str):
-            raise TypeError(f"skip_modules must be a sequence of module paths, found the string {skip!r}.")
         self.mode = mode
         self.skip = tuple(skip)
         self._found: set[str] = set()  # patterns that named a module when a model was built, whatever wraps it later
@@ -77,25 +75,14 @@ class Quantizer:
         layers = {path: m for path, m in model.named_modules() if isinstance(m, QuantizedLayer)}
         self._check_skipped(model, layers)
         if not layers:
-            raise QuantizationError(
-                f'quantize="{self.mode}": {type(model).__name__} has no layer to quantize: no torch.nn.Linear '
-                "(or Conv1D of transformers) that uses Linear's own forward, shares its weight with nobody and is not "
-                "named by skip_modules. Leave quantize out, or see the log at level debug for what was left alone."
-            )
+            raise nothing_to_quantize(model, self.mode)
         for layer in layers.values():
             if layer.weight.device.type != "cpu":
                 layer.quantize()  # one that is on the CPU waits: the model is about to be moved
 
     def _check_skipped(self, model: Module, layers: dict[str, QuantizedLayer]) -> None:
-        paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
+        check_names(model, [pattern for pattern in self.skip if pattern not in self._found])
         for pattern in self.skip:
-            if pattern not in self._found and not any(matches(path, pattern) for path in paths):
-                near = [path for path in paths if path.rpartition(".")[2] == pattern.rpartition(".")[2]]
-                hint = f" Did you mean {shorten(near)}?" if near else ""
-                raise QuantizationError(
-                    f"skip_modules: {pattern!r} names no module of {type(model).__name__}; paths start at the model "
-                    f"that is set up, and * stands for one segment.{hint}"
-                )
             if found := [path for path in layers if matches(path, pattern)]:
                 raise QuantizationError(
                     f"skip_modules: {pattern!r} names {shorten(found)}, which was built and quantized as a part, under "
@@ -209,14 +196,45 @@ class _Built:
         return list(roots)
 
 
-def check_precision(precision: str, mode: str) -> None:
-    """Raise if weights of this precision cannot be quantized.
+def check_choice(precision: str | None, mode: str | None, skip: Sequence[str]) -> None:
+    """Raise if weights of this precision cannot be quantized so, whatever the model; None stands for its own dtypes.
 
     Raises:
-        ValueError: bitsandbytes quantizes 16 and 32 bits.
+        QuantizationError: bitsandbytes quantizes 16 and 32 bits; and there is nothing to skip without quantization.
+        TypeError: ``skip`` is one string.
     """
-    if precision == "64-true":
-        raise ValueError(
+    if isinstance(skip, str):
+        raise TypeError(f"skip_modules must be a sequence of module paths, found the string {skip!r}.")
+    if mode is None and skip:
+        raise QuantizationError('skip_modules says what is not quantized; pass quantize="nf4", say, or leave it out.')
+    if mode is not None and precision == "64-true":
+        raise QuantizationError(
             f'quantize="{mode}" needs a precision of 32 or 16 bits; found "64-true", which bitsandbytes does not '
             f'quantize. Use "32-true"{" or bf16-true" if is_4bit(mode) else ""}.'
         )
+
+
+def check_names(model: Module, skip: Sequence[str]) -> None:
+    """Raise if a pattern of ``skip`` names nothing in ``model``.
+
+    Raises:
+        QuantizationError: It does not.
+    """
+    paths = [path for path, _ in model.named_modules(remove_duplicate=False)] if skip else []
+    for pattern in skip:
+        if not any(matches(path, pattern) for path in paths):
+            near = [path for path in paths if path.rpartition(".")[2] == pattern.rpartition(".")[2]]
+            hint = f" Did you mean {shorten(near)}?" if near else ""
+            raise QuantizationError(
+                f"skip_modules: {pattern!r} names no module of {type(model).__name__}; paths start at the model "
+                f"that is set up, and * stands for one segment.{hint}"
+            )
+
+
+def nothing_to_quantize(model: Module, mode: str) -> QuantizationError:
+    """The error for a model of which no layer is quantized."""
+    return QuantizationError(
+        f'quantize="{mode}": {type(model).__name__} has no layer to quantize: no torch.nn.Linear '
+        "(or Conv1D of transformers) that uses Linear's own forward, shares its weight with nobody and is not "
+        "named by skip_modules. Leave quantize out, or see the log at level debug for what was left alone."
+    )

@@ -2,6 +2,7 @@
 
 import json
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
@@ -69,6 +70,14 @@ def test_a_checkpoint_with_odd_names_is_taken_as_a_model_too(tmp_path, capsys):
     torch.save(state, tmp_path / "a.pt")
     found = numbers(capsys, tmp_path / "a.pt", "--accelerator", "cpu")
     assert found["device"]["parameters"] == 4 * (16 + 3 + 2 + 4 + 5 + 6) + 8
+
+
+def test_a_checkpoint_of_a_quantized_model_is_counted_as_it_is(tmp_path, capsys):
+    layer = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4").to("cpu")
+    state = nn.ModuleDict({"layer": layer}).state_dict()
+    torch.save(state, tmp_path / "a.pt")
+    found = numbers(capsys, tmp_path / "a.pt", "--accelerator", "cpu", "--quantize", "nf4")
+    assert found["device"]["parameters"] == sum(tensor.nbytes for tensor in state.values())
 
 
 def test_it_says_whether_it_fits_and_what_would(capsys):
@@ -141,6 +150,10 @@ def test_a_hugging_face_folder_is_a_model(tmp_path, capsys):
         (["--model", "tiny", "--train", "SGD", "--train-args", "[]"], "found a JSON list"),
         (["--model", "tiny", "--devices", "2"], "Choose another strategy"),
         (["/nothing", "--model", "tiny"], "nothing at this path"),
+        (["--model", "tiny", "--quantize", "int8", "--precision", "64-true"], "needs a precision of 32 or 16 bits"),
+        (["--model", "tiny", "--quantize", "int8", "--skip-modules", "nope"], "'nope' names no module"),
+        (["--model", "tiny", "--skip-modules", "lm_head"], "says what is not quantized"),
+        (["--model", "torch.nn:ReLU", "--quantize", "nf4"], "no layer to quantize"),
     ],
 )
 def test_what_cannot_be_planned_ends_with_the_reason(arguments, message, capsys):
