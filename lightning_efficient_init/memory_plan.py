@@ -198,7 +198,7 @@ def plan_memory(
         num_threads: See `load_checkpoint`; the default depends on the machine.
 
     Raises:
-        UsageError: A name is unknown, or they do not go together.
+        UsageError: A name is unknown, they do not go together, or the optimizer cannot step.
         QuantizationError: The model cannot be quantized so, as `EfficientInit` would say.
         StateDictMismatchError: The checkpoint does not fit the model.
         CheckpointError: The checkpoint cannot be read.
@@ -396,6 +396,17 @@ class _OptimizerCost:
 
 
 def _cost_of(make: MakeOptimizer, dtype: torch.dtype, device_type: str) -> _OptimizerCost:
+    """What one optimizer costs for parameters of ``dtype``."""
+    try:
+        return _measured_cost(make, dtype, device_type)
+    except Exception as error:  # other people's code, which may raise anything
+        raise UsageError(
+            f"optimizer: expected one that steps on a dense parameter of {dtype} without a closure, found "
+            f"{type(error).__name__}: {error}. Choose another optimizer, other arguments for it, or a precision."
+        ) from error
+
+
+def _measured_cost(make: MakeOptimizer, dtype: torch.dtype, device_type: str) -> _OptimizerCost:
     """Found by letting the optimizer step twice: the first step makes its state, the second shows its temporaries."""
     parameter = Parameter(torch.zeros(128, 128, dtype=dtype, device="cpu"))
     optimizer = make([parameter])

@@ -14,7 +14,7 @@ from typing import Any
 from torch.nn import Module
 
 from lightning_efficient_init.bench.llama import SIZES, build
-from lightning_efficient_init.errors import UsageError
+from lightning_efficient_init.errors import EfficientInitError, UsageError
 
 
 def constructor_of(name: str, arguments: Sequence[Any] | Mapping[str, Any] = ()) -> Callable[[], Module]:
@@ -32,7 +32,7 @@ def constructor_of(name: str, arguments: Sequence[Any] | Mapping[str, Any] = ())
     if name in SIZES or name == "many" or re.fullmatch(r"\d+x\d+", name):
         return partial(build, name)
     if ":" in name:
-        return _of_callable(name, arguments)
+        return partial(_called, name, callable_at(name, "model"), arguments)
     if is_hugging_face(name):
         return _of_hugging_face(name)
     return _of_litgpt(name)
@@ -43,17 +43,48 @@ def is_hugging_face(name: str) -> bool:
     return os.path.isdir(name) or ("/" in name and ":" not in name)
 
 
-def _of_callable(name: str, arguments: Sequence[Any] | Mapping[str, Any]) -> Callable[[], Module]:
+def callable_at(name: str, asked_as: str) -> Callable[..., Any]:
+    """What ``"package.module:callable"`` stands for; the current folder is looked at, too.
+
+    Args:
+        name: The name.
+        asked_as: What the name was given as, for errors: "model", or an option of the command line.
+
+    Raises:
+        UsageError: It cannot be imported, or not be called.
+    """
     module, _, attributes = name.partition(":")
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # an installed script does not see the current folder
+    expected = f"{asked_as} {name!r}: expected MODULE:CALLABLE that can be imported"
     try:
         target: Any = importlib.import_module(module)
         for attribute in attributes.split("."):
             target = getattr(target, attribute)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"model {name!r}: expected MODULE:CALLABLE that can be imported; {error}.") from error
-    return partial(target, **arguments) if isinstance(arguments, Mapping) else partial(target, *arguments)
+    except Exception as error:  # other people's code, which may raise anything
+        raise UsageError(f"{expected}; {type(error).__name__}: {error}.") from error
+    if not callable(target):
+        raise UsageError(f"{expected} and called, found {type(target).__name__}.")
+    return target  # type: ignore[no-any-return]
+
+
+def _called(name: str, target: Callable[..., Any], arguments: Sequence[Any] | Mapping[str, Any]) -> Module:
+    """The model that ``target`` builds."""
+    try:
+        model = target(**arguments) if isinstance(arguments, Mapping) else target(*arguments)
+    except EfficientInitError:
+        raise
+    except Exception as error:  # other people's code, which may raise anything
+        raise _no_model(name, f"{type(error).__name__}: {error}") from error
+    if not isinstance(model, Module):
+        raise _no_model(name, type(model).__name__)
+    return model
+
+
+def _no_model(name: str, found: str) -> UsageError:
+    return UsageError(
+        f"model {name!r}: expected a torch.nn.Module from calling it, found {found}. Check it and its arguments."
+    )
 
 
 def _of_hugging_face(name: str) -> Callable[[], Module]:

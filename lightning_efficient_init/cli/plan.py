@@ -29,7 +29,7 @@ from lightning_efficient_init.memory_plan import (
     answer,
     remedies,
 )
-from lightning_efficient_init.model_names import constructor_of
+from lightning_efficient_init.model_names import callable_at, constructor_of
 
 _POWERS = ("", "k", "m", "g", "t")
 _CUDA_CONTEXT_BYTES = 512 << 20  # what the driver takes of a device that nobody uses yet, roughly
@@ -95,12 +95,12 @@ def _optimizer(options: argparse.Namespace) -> MakeOptimizer | None:
     if options.train is None:
         return None
     arguments = _parsed(options.train_args, "--train-args", dict)
+    make: Any = getattr(torch.optim, options.train, None)
     if ":" in options.train:
-        return lambda parameters: constructor_of(options.train, {"params": parameters, **arguments})()  # type: ignore[return-value]
-    cls = getattr(torch.optim, options.train, None)
-    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        make = callable_at(options.train, "--train")
+    elif not (isinstance(make, type) and issubclass(make, torch.optim.Optimizer)):
         raise UsageError(f"--train {options.train!r}: expected a class of torch.optim, as AdamW, or MODULE:CLASS.")
-    return lambda parameters: cls(parameters, **arguments)
+    return lambda parameters: make(parameters, **arguments)
 
 
 def _parsed(text: str, option: str, kinds: type | tuple[type, ...]) -> Any:

@@ -1,6 +1,7 @@
 """``efficient-init plan``: what it prints, and which models it knows."""
 
 import json
+import sys
 
 import bitsandbytes as bnb
 import pytest
@@ -117,8 +118,40 @@ def test_a_callable_is_a_model(tmp_path, monkeypatch, capsys):
     for arguments in ('{"width": 100, "bias": false}', "[100, false]"):
         found = numbers(capsys, "--model", "mine:make", "--model-args", arguments, "--accelerator", "cpu")
         assert found["final_bytes"] == 4000
-    assert "expected MODULE:CALLABLE that can be imported" in refusal(capsys, "--model", "mine:other")
-    assert "expected MODULE:CALLABLE that can be imported" in refusal(capsys, "--model", "no_such_module:x")
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "reason"),
+    [
+        ("mine:other", "[]", "expected MODULE:CALLABLE that can be imported; AttributeError: module 'mine'"),
+        ("no_such_module:x", "[]", "that can be imported; ModuleNotFoundError: No module named 'no_such_module'"),
+        (":", "[]", "expected MODULE:CALLABLE that can be imported; ValueError"),
+        ("broken:x", "[]", "expected MODULE:CALLABLE that can be imported; ZeroDivisionError"),
+        ("mine:width", "[]", "and called, found int"),
+        ("builtins:list", "[]", "expected a torch.nn.Module from calling it, found list"),
+        ("mine:make", "[1, 2]", "found TypeError: make() takes 0 positional arguments but 2 were given. Check"),
+        ("mine:make", '{"depth": 1}', "unexpected keyword argument 'depth'. Check it and its arguments"),
+        ("mine:make", "[]", "found KeyError: 'no head'"),
+    ],
+)
+def test_a_callable_that_builds_no_model_is_refused_with_the_reason(
+    model, arguments, reason, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "mine.py").write_text("width = 3\ndef make(): raise KeyError('no head')")
+    (tmp_path / "broken.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    error = refusal(capsys, "--model", model, "--model-args", arguments)
+    assert f"model {model!r}: expected" in error
+    assert reason in error
+
+
+def test_parameters_that_the_optimizer_cannot_step_on_are_refused_by_their_dtype(tmp_path, capsys):
+    torch.save({"a.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn)}, tmp_path / "a.pt")
+    arguments = [tmp_path / "a.pt", "--accelerator", "cpu", "--train", "AdamW"]
+    assert "torch.float8_e4m3fn" in refusal(capsys, *arguments)
+    found = numbers(capsys, *arguments, "--precision", "bf16-true")
+    assert found["device"]["optimizer state"] == 2 * 2 * 16
 
 
 def test_a_litgpt_configuration_is_a_model(capsys):
@@ -148,6 +181,14 @@ def test_a_hugging_face_folder_is_a_model(tmp_path, capsys):
         (["--model", "tiny", "--train", "nn"], "expected a class of torch.optim"),
         (["--model", "tiny", "--train", "SGD", "--train-args", "{"], "expected JSON"),
         (["--model", "tiny", "--train", "SGD", "--train-args", "[]"], "found a JSON list"),
+        (["--model", "tiny", "--train", "no_such_module:x"], "--train 'no_such_module:x': expected MODULE:CALLABLE"),
+        (["--model", "tiny", "--train", "math:pi"], "--train 'math:pi': expected MODULE:CALLABLE"),
+        (["--model", "tiny", "--train", "math:prod"], "found AttributeError: 'Tensor' object"),
+        (["--model", "tiny", "--train", "LBFGS"], "found TypeError"),
+        (["--model", "tiny", "--train", "SparseAdam"], "found RuntimeError: SparseAdam does not support dense"),
+        (["--model", "tiny", "--train", "Optimizer"], "found TypeError"),
+        (["--model", "tiny", "--train", "SGD", "--train-args", '{"zz": 1}'], "argument 'zz'. Choose another optimizer"),
+        (["--model", "tiny", "--train", "SGD", "--train-args", '{"lr": "x"}'], "steps on a dense parameter of torch"),
         (["--model", "tiny", "--devices", "2"], "Choose another strategy"),
         (["/nothing", "--model", "tiny"], "nothing at this path"),
         (["--model", "tiny", "--quantize", "int8", "--precision", "64-true"], "needs a precision of 32 or 16 bits"),
