@@ -24,7 +24,14 @@ _MAX_LEVELS = 50  # of nested containers
 def console() -> Console:
     """Writes to standard output: as wide as the terminal is, and wide enough where there is none."""
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _WIDTH_IN_FILES
-    return Console(width=width, highlight=False, emoji=False)
+    return _Console(width=width, highlight=False, emoji=False)
+
+
+class _Console(Console):
+    """One that leaves it to `main` what to do when nobody reads any more."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
 
 
 def table(*headings: str, title: str | None = None, numbers: tuple[str, ...] = ()) -> Table:

@@ -20,8 +20,14 @@ _MAX_LEVELS = 32  # of names; what lies deeper is one name
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     parser.add_argument("path", help="a checkpoint: file or folder, in any format that load_checkpoint reads")
-    parser.add_argument("--depth", type=int, help="levels of names to show; by default all, repeated blocks once")
+    parser.add_argument("--depth", type=_levels, help="levels of names to show; by default all, repeated blocks once")
     parser.add_argument("--json", action="store_true", help="everything, every tensor included, as JSON")
+
+
+def _levels(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of levels, 1 or more, found {text!r}")
+    return int(text)
 
 
 def run(options: argparse.Namespace) -> int:

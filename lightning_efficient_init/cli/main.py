@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from lightning_efficient_init.cli import bench, inspect, plan
-from lightning_efficient_init.errors import EfficientInitError
+from lightning_efficient_init.errors import EfficientInitError, UsageError
 
 _COMMANDS = {"inspect": inspect, "plan": plan, "bench": bench}
 
@@ -25,14 +27,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     options.is_program = arguments is None  # then this process has done nothing but import
     try:
-        status: int = _COMMANDS[options.command].run(options)
+        with _output():
+            status: int = _COMMANDS[options.command].run(options)
         return status
-    except EfficientInitError as error:
-        print(f"efficient-init {options.command}: {error}", file=sys.stderr)  # noqa: T201
-        return 1
     except BrokenPipeError:  # whoever reads the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
+    except EfficientInitError as error:
+        return _refused(options.command, error)
+    except OSError as error:  # a full disk, say
+        _drop_output()
+        return _refused(options.command, error)
+
+
+def _refused(command: str, error: Exception) -> int:
+    print(f"efficient-init {command}: {error}", file=sys.stderr)  # noqa: T201
+    return 1
+
+
+@contextmanager
+def _output() -> Iterator[None]:
+    """Standard output takes characters that its encoding lacks, and has written everything at the end."""
+    out = sys.stdout
+    if out is None:
+        raise UsageError("expected an open standard output, found a closed one. Send it to a file, or to /dev/null.")
+    if not isinstance(out, io.TextIOWrapper):
+        yield
+        return
+    errors = out.errors
+    out.reconfigure(errors="backslashreplace")
+    try:
+        yield
+        out.flush()
+    finally:
+        out.reconfigure(errors=errors)
+
+
+def _drop_output() -> None:
+    """What could not be written is not tried again when the interpreter ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parser() -> argparse.ArgumentParser:

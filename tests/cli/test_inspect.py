@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -111,7 +112,55 @@ def test_a_checkpoint_that_cannot_be_read_ends_with_the_reason(tmp_path, capsys)
     assert "nothing at this path" in output.err
 
 
-def test_the_module_runs_and_a_reader_that_leaves_early_is_no_error(llama):
-    command = f"{sys.executable} -W ignore -m lightning_efficient_init inspect {llama} --json | head -c 1"
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "{", "")
+@pytest.mark.parametrize("depth", ["0", "-1", "all", ""])
+def test_what_is_no_number_of_levels_is_a_usage_error(depth, llama, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["inspect", str(llama), f"--depth={depth}"])
+    assert end.value.code == 2
+    assert "expected a number of levels, 1 or more" in capsys.readouterr().err
+
+
+def run(command, **environment):
+    """Lets bash run ``command``, with ``inspect`` in place of this command of the program."""
+    program = f"{sys.executable} -W ignore -m lightning_efficient_init inspect"
+    script = f"set -o pipefail; {command.replace('inspect', program)}"
+    return subprocess.run(
+        ["bash", "-c", script], capture_output=True, encoding="utf-8", check=False, env={**os.environ, **environment}
+    )
+
+
+@pytest.mark.parametrize(("option", "first"), [("--json", "{"), ("", "p")])
+def test_the_module_runs_and_a_reader_that_leaves_early_is_no_error(option, first, tmp_path):
+    torch.save({f"{i}.{i}": torch.zeros(i) for i in range(1000)}, tmp_path / "a.pt")  # more than a pipe holds
+    done = run(f"inspect {tmp_path}/a.pt {option} | head -c 1")
+    assert (done.returncode, done.stdout, done.stderr) == (0, first, "")
+
+
+@pytest.mark.parametrize(
+    ("option", "target", "reason"),
+    [
+        ("--json", "/dev/full", "No space left on device"),
+        ("", "/dev/full", "No space left on device"),
+        ("", "&-", "expected an open standard output, found a closed one"),
+    ],
+)
+def test_output_that_cannot_be_written_ends_with_the_reason(option, target, reason, llama):
+    done = run(f"inspect {llama} {option} >{target}")
+    assert done.returncode == 1
+    assert done.stderr.startswith("efficient-init inspect: ")
+    assert reason in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_names_that_the_encoding_of_the_output_lacks_are_written_in_escapes(tmp_path):
+    torch.save({"größe.π": torch.zeros(2), "b": torch.zeros(2)}, tmp_path / "a.pt")
+    done = run(f"inspect {tmp_path}/a.pt", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert r"gr\xf6\xdfe.\u03c0" in done.stdout
+    assert "größe.π" in run(f"inspect {tmp_path}/a.pt", PYTHONIOENCODING="utf-8").stdout
+
+
+def test_standard_output_is_as_it_was_afterwards(tmp_path, capsys):
+    before = sys.stdout.errors
+    assert main(["inspect", str(tmp_path / "nothing")]) == 1
+    assert sys.stdout.errors == before != "backslashreplace"

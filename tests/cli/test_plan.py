@@ -1,7 +1,6 @@
 """``efficient-init plan``: what it prints, and which models it knows."""
 
 import json
-import sys
 
 import bitsandbytes as bnb
 import pytest
@@ -123,24 +122,23 @@ def test_a_callable_is_a_model(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("model", "arguments", "reason"),
     [
-        ("mine:other", "[]", "expected MODULE:CALLABLE that can be imported; AttributeError: module 'mine'"),
+        ("theirs:other", "[]", "expected MODULE:CALLABLE that can be imported; AttributeError: module 'theirs'"),
         ("no_such_module:x", "[]", "that can be imported; ModuleNotFoundError: No module named 'no_such_module'"),
         (":", "[]", "expected MODULE:CALLABLE that can be imported; ValueError"),
         ("broken:x", "[]", "expected MODULE:CALLABLE that can be imported; ZeroDivisionError"),
-        ("mine:width", "[]", "and called, found int"),
+        ("theirs:width", "[]", "and called, found int"),
         ("builtins:list", "[]", "expected a torch.nn.Module from calling it, found list"),
-        ("mine:make", "[1, 2]", "found TypeError: make() takes 0 positional arguments but 2 were given. Check"),
-        ("mine:make", '{"depth": 1}', "unexpected keyword argument 'depth'. Check it and its arguments"),
-        ("mine:make", "[]", "found KeyError: 'no head'"),
+        ("theirs:make", "[1, 2]", "found TypeError: make() takes 0 positional arguments but 2 were given. Check"),
+        ("theirs:make", '{"depth": 1}', "unexpected keyword argument 'depth'. Check it and its arguments"),
+        ("theirs:make", "[]", "found KeyError: 'no head'"),
     ],
 )
 def test_a_callable_that_builds_no_model_is_refused_with_the_reason(
     model, arguments, reason, tmp_path, monkeypatch, capsys
 ):
-    (tmp_path / "mine.py").write_text("width = 3\ndef make(): raise KeyError('no head')")
+    (tmp_path / "theirs.py").write_text("width = 3\ndef make(): raise KeyError('no head')")
     (tmp_path / "broken.py").write_text("1 / 0")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
     error = refusal(capsys, "--model", model, "--model-args", arguments)
     assert f"model {model!r}: expected" in error
     assert reason in error
