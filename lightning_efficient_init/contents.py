@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from lightning_efficient_init.checkpoint import CheckpointTree, Entry, index_tree, map_leaves, weights_of
+from lightning_efficient_init.checkpoint import CheckpointTree, Entry, Weights, index_tree, map_leaves, weights_of
+from lightning_efficient_init.checkpoint.weights import holds_weights, is_state
 from lightning_efficient_init.errors import CheckpointError
 from lightning_efficient_init.load.extents import num_unique_bytes
 
@@ -97,26 +98,28 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> Contents:
 
 
 def _parts(found: CheckpointTree) -> Iterator[Part]:
-    if _is_weights(found, None):
+    weights = _only_weights(found)
+    if weights is not None and weights.key is None:
         yield Part(None, "weights", _tensors(found.tree), found.tree)
+        yield from (_other_part(key, value) for key, value in weights.entries.items() if not is_state(key, value))
         return
     if not isinstance(found.tree, Mapping):
         yield _other_part(None, found.tree)
         return
+    chosen = {} if weights is None else weights.entries
     for key, value in found.tree.items():
-        if isinstance(key, str) and _is_weights(found, key):
+        if isinstance(key, str) and (holds_weights(value) or (value is chosen and len(chosen) > 0)):
             yield Part(key, "weights", _tensors(value), value)
         elif key not in _HYPERPARAMETERS:
             yield _other_part(str(key), value)
 
 
-def _is_weights(found: CheckpointTree, key: str | None) -> bool:
-    """Whether the weights of a model are under ``key``; None asks for those that are the checkpoint itself."""
+def _only_weights(found: CheckpointTree) -> Weights | None:
+    """What is loaded if nobody says which; None where there are none, or those of several models."""
     try:
-        weights = weights_of(found.tree, key, path=found.path)
+        return weights_of(found.tree, path=found.path)
     except CheckpointError:
-        return False
-    return weights.key == key and bool(weights.entries or key is None)
+        return None
 
 
 def _other_part(key: str | None, value: Any) -> Part:

@@ -102,6 +102,16 @@ def test_metrics_with_lists_of_tensors_and_extra_states_are_shown(tmp_path):
     }
 
 
+@pytest.mark.parametrize("key", [None, "state_dict"])
+def test_values_among_the_tensors_of_a_model_leave_it_one(key, tmp_path):
+    state = {"layer.weight": torch.ones(2), "epoch": 3, "layer._extra_state": 4}
+    torch.save(state if key is None else {key: state, "loss": 0.5}, tmp_path / "a.pt")
+    contents = inspect_checkpoint(tmp_path / "a.pt")
+    assert [(part.key, list(part.tensors)) for part in contents.weights] == [(key, ["layer.weight"])]
+    others = {part.key: part.value for part in contents.parts if part.kind == "values"}
+    assert others == ({"epoch": 3} if key is None else {"loss": 0.5})
+
+
 def test_a_folder_of_torch_distributed_is_shown_like_a_file(tmp_path):
     state = {"model": nn.Linear(4, 4).state_dict(), "steps": torch.arange(3)}
     with warnings.catch_warnings():

@@ -40,6 +40,11 @@ def map_leaves(tree: Any, leaf_type: type[Any] | tuple[type[Any], ...], replace:
     return _Mapping(leaf_type, replace).visit(tree, ())
 
 
+def holds_leaf(tree: Any, leaf_type: type[Any] | tuple[type[Any], ...]) -> bool:
+    """Whether ``tree`` is a leaf, or has one anywhere below it."""
+    return _Mapping(leaf_type, lambda leaf, _: leaf).has_leaf_below(tree)
+
+
 class _Mapping:
     """One walk: what has been seen so far, and what became of it."""
 
@@ -89,7 +94,7 @@ class _Mapping:
         return self._remember(node, make(items))
 
     def _visit_object(self, node: Any, path: Path) -> Any:
-        if not self._has_leaf_below(node):
+        if not self.has_leaf_below(node):
             return self._remember(node, node)
         result = self._remember(node, _shallow_copy(node))
         self._visit_attributes(node, result, path)
@@ -100,7 +105,8 @@ class _Mapping:
             for name, value in _attributes(node).items():
                 result.__dict__[name] = self.visit(value, (*path, name))
 
-    def _has_leaf_below(self, node: Any) -> bool:
+    def has_leaf_below(self, node: Any) -> bool:
+        """Whether ``node`` is a leaf, or has one below it."""
         waiting, known = [node], {id(node)}
         while waiting:
             current = waiting.pop()

@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 
 from lightning_efficient_init.checkpoint.entry import Entry
+from lightning_efficient_init.checkpoint.tree import holds_leaf
 from lightning_efficient_init.checkpoint.wording import explain, listing
 from lightning_efficient_init.errors import CheckpointNotFoundError, UnsupportedCheckpointError
 
@@ -22,7 +23,7 @@ class Weights:
     """The weights of one model in a checkpoint.
 
     Attributes:
-        entries: Key to `Entry`, or to another object for ``_extra_state`` keys.
+        entries: Key to `Entry`, or to another object for ``_extra_state`` keys and for what is no state of a module.
         key: Where they are in the tree; None for the tree itself.
         metadata: The state dict's ``_metadata`` (module versions), or None.
     """
@@ -39,6 +40,7 @@ def weights_of(tree: Any, key: str | None = None, *, path: str) -> Weights:
         tree: The tree, as `index_tree` gives it.
         key: The key to look under, as in ``fabric.load(path, {"net": model})``. None finds the only choice:
             "state_dict" (Lightning), the tree itself, "model" (Fabric), or the one other key with a dict of tensors.
+            All but the last may have other values beside the tensors (an epoch, say), as ``load_state_dict`` allows.
         path: Path of the checkpoint, for errors.
 
     Raises:
@@ -55,7 +57,7 @@ def weights_of(tree: Any, key: str | None = None, *, path: str) -> Weights:
     found = tree if key is None else tree[key]
     if isinstance(found, torch.nn.Module):
         found = found.state_dict(keep_vars=True)
-    if not isinstance(found, Mapping) or (found and not _is_state_dict(found)):
+    if not isinstance(found, Mapping) or (found and not _is_loadable(found)):
         raise CheckpointNotFoundError(
             explain(
                 path,
@@ -72,12 +74,14 @@ def _find_key(tree: Any, path: str) -> str | None:
         return None
     if not isinstance(tree, Mapping):
         raise _without_weights(path, f"a {type(tree).__name__}")
-    if isinstance(tree.get(_LIGHTNING), Mapping) and (not tree[_LIGHTNING] or _holds_weights(tree[_LIGHTNING])):
+    if isinstance(tree.get(_LIGHTNING), Mapping) and (not tree[_LIGHTNING] or _is_loadable(tree[_LIGHTNING])):
         return _LIGHTNING
     others = [(key, value) for key, value in tree.items() if not isinstance(value, Entry)]
-    keys = [key for key, value in others if isinstance(key, str) and not _is_extra(key) and _holds_weights(value)]
-    if _FABRIC in keys or len(keys) == 1:
-        return _FABRIC if _FABRIC in keys else keys[0]
+    keys = [key for key, value in others if isinstance(key, str) and not _is_extra(key) and holds_weights(value)]
+    if _is_loadable(tree.get(_FABRIC)):
+        return _FABRIC
+    if len(keys) == 1:
+        return keys[0]
     if keys:
         raise UnsupportedCheckpointError(
             explain(
@@ -87,22 +91,33 @@ def _find_key(tree: Any, path: str) -> str | None:
                 todo=f'Load the one you mean with fabric.load(path, {{"{keys[0]}": model}}), or save them apart.',
             )
         )
-    if _is_state_dict(tree):
+    if _is_loadable(tree):
         return None
     raise _without_weights(path, f"the keys {listing(tree)}")
 
 
-def _holds_weights(value: Any) -> bool:
+def holds_weights(value: Any) -> bool:
+    """Whether it is a module, or nothing but the states of modules: tensors, and what else a state dict may hold."""
     return isinstance(value, torch.nn.Module) or (isinstance(value, Mapping) and _is_state_dict(value))
+
+
+def _is_loadable(value: Any) -> bool:
+    """Whether it holds weights, or tensors by name beside values without any, which somebody has put there."""
+    if holds_weights(value):
+        return True
+    if not (isinstance(value, Mapping) and all(isinstance(name, str) for name in value)):
+        return False
+    others = [item for name, item in value.items() if not is_state(name, item)]
+    return any(isinstance(item, Entry) for item in value.values()) and not holds_leaf(others, Entry)
 
 
 def _is_state_dict(value: Mapping[Any, Any]) -> bool:
     """Whether all keys are names and all values states of modules."""
     others = [(name, item) for name, item in value.items() if not (isinstance(item, Entry) and isinstance(name, str))]
-    return len(others) < len(value) and all(isinstance(name, str) and _is_state(name, item) for name, item in others)
+    return len(others) < len(value) and all(isinstance(name, str) and is_state(name, item) for name, item in others)
 
 
-def _is_state(name: str, item: Any) -> bool:
+def is_state(name: str, item: Any) -> bool:
     """A tensor; a list of tensors, as metrics of torchmetrics have; or an extra state (any object, by contract)."""
     if isinstance(item, list):
         return all(isinstance(member, Entry) for member in item)

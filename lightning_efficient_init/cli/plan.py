@@ -65,7 +65,8 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError("plan: expected a checkpoint, a --model, or both; found neither.")
     asked = _question(options)
     model = _model(options, asked)
-    plan = None if options.path is None else plan_load(model, options.path)
+    # what a checkpoint holds beside tensors is in no model that is made of them
+    plan = None if options.path is None else plan_load(model, options.path, strict=options.model is not None)
     found = answer(unwrap(model), plan, asked)
     room = _room(options, asked)
     changes = [] if room is None or found.fits(room) else remedies(unwrap(model), plan, asked, room)

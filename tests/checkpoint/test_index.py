@@ -45,6 +45,10 @@ def test_all_names_are_exported():
         ({"model": WEIGHTS, "ema": WEIGHTS}, "model"),
         ({"net": WEIGHTS, "optimizer": OPTIMIZER, "step": torch.tensor(3)}, "net"),
         (WEIGHTS | {"layer._extra_state": {"scale": torch.ones(1)}}, None),
+        (WEIGHTS | {"epoch": 3, "note": None, "config": {"sizes": [2]}}, None),
+        ({"state_dict": WEIGHTS | {"epoch": 3}, "ema": WEIGHTS}, "state_dict"),
+        ({"model": WEIGHTS | {"epoch": 3}, "ema": WEIGHTS, "loss": torch.tensor(3.0)}, "model"),
+        ({"net": WEIGHTS, "loss": torch.tensor(3.0), "epoch": 3}, "net"),
         ({}, None),
         ({"state_dict": {}}, "state_dict"),
     ],
@@ -52,6 +56,7 @@ def test_all_names_are_exported():
 def test_the_weights_are_found(tmp_path, tree, key):
     index = index_checkpoint(save(tree, tmp_path / "a.pt"))
     assert index.weights_key == key
+    assert index_checkpoint(tmp_path / "a.pt", weights_key=key).weights == index.weights
     assert index.weights.keys() == (tree if key is None else tree[key]).keys()
 
 
@@ -68,7 +73,18 @@ def test_several_candidates_are_listed_and_one_may_be_named(tmp_path):
         weights_of(tree, "optimizer", path=str(path))
 
 
-@pytest.mark.parametrize("tree", [{"a": 1}, [torch.ones(1)], torch.ones(1), 3, {"optimizer": OPTIMIZER}])
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"a": 1},
+        [torch.ones(1)],
+        torch.ones(1),
+        3,
+        {"optimizer": OPTIMIZER},
+        WEIGHTS | {"optimizer": OPTIMIZER},
+        WEIGHTS | {3: "epoch"},
+    ],
+)
 def test_a_checkpoint_without_weights_is_reported(tmp_path, tree):
     with pytest.raises(CheckpointNotFoundError, match="state dict"):
         index_checkpoint(save(tree, tmp_path / "a.pt"))

@@ -67,6 +67,7 @@ def test_a_checkpoint_with_odd_names_is_taken_as_a_model_too(tmp_path, capsys):
         "x.weight": torch.zeros(2, 2),
     }
     state |= {"x.weight.deeper": torch.zeros(5), "..": torch.zeros(6), "steps": torch.zeros((), dtype=torch.int64)}
+    state |= {"x._extra_state": {"scale": 3}, "epoch": 3}
     torch.save(state, tmp_path / "a.pt")
     found = numbers(capsys, tmp_path / "a.pt", "--accelerator", "cpu")
     assert found["device"]["parameters"] == 4 * (16 + 3 + 2 + 4 + 5 + 6) + 8

@@ -71,6 +71,36 @@ def test_shapes_that_differ_are_an_error_without_strict_too(misfit, make_net, bi
     assert bits(model) == bits(make_net(2))
 
 
+class WithOwnCode(nn.Linear):
+    """Has loading code of its own."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@pytest.mark.parametrize("key", [None, "state_dict", "model"])
+@pytest.mark.parametrize("make", [nn.Linear, WithOwnCode])
+def test_values_that_are_no_tensors_are_unexpected_by_name(make, key, tmp_path, bits):
+    source, expected, model = make(2, 2), make(2, 2), make(2, 2)
+    state = {"weight": source.weight.detach(), "epoch": 3, "note": None}
+    torch.save(state if key is None else {key: state, "epoch": 3}, tmp_path / "w.pt")
+    with pytest.raises(StateDictMismatchError) as caught:
+        load_checkpoint(model, tmp_path / "w.pt")
+    assert caught.value.unexpected == ("epoch", "note")
+    assert caught.value.missing == ("bias",)
+    model.load_state_dict(expected.state_dict())
+    report = load_checkpoint(model, tmp_path / "w.pt", strict=False)
+    found = expected.load_state_dict(state, strict=False)
+    assert report.unexpected == tuple(found.unexpected_keys)
+    assert bits(model) == bits(expected)
+
+
+def test_a_value_that_is_no_tensor_is_an_error_where_the_model_has_one(tmp_path):
+    torch.save({"weight": torch.ones(2, 2), "bias": 3}, tmp_path / "w.pt")
+    with pytest.raises(StateDictMismatchError, match="bias: expected a tensor, found int"):
+        load_checkpoint(nn.Linear(2, 2), tmp_path / "w.pt", strict=False)
+
+
 @pytest.mark.parametrize("context", [deferred_init, empty_init])
 def test_exactly_what_the_file_does_not_provide_gets_its_own_initialization(context, misfit, make_net, bits):
     with context():
