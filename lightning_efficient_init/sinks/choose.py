@@ -16,6 +16,8 @@ from lightning_efficient_init.sinks.part import PartSink
 from lightning_efficient_init.sinks.plain import plain_sink
 from lightning_efficient_init.sinks.sink import Sink
 
+_SPARSE = frozenset({torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
+
 
 def sinks_for(name: str, tensor: torch.Tensor, entry: Entry, part: Part | None) -> Sequence[Sink]:
     """The sinks that fill ``tensor``, called ``name`` in the model, or this rank's ``part`` of it, from ``entry``."""
@@ -61,5 +63,10 @@ def obstacle(tensor: torch.Tensor, entry: Entry) -> str | None:
         return (
             f"expected a checkpoint that has it in one piece, to quantize it block by block, found {len(entry.chunks)} "
             "chunks: save the model in one file (state_dict_type='full', or save_distributed_checkpoint=False)"
+        )
+    if tensor.layout in _SPARSE:
+        return (
+            f"expected a dense tensor in the model, as in the checkpoint, found one of layout {tensor.layout}: call "
+            ".to_dense() on it when the model is built, or register it with persistent=False"
         )
     return None

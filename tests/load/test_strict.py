@@ -101,6 +101,24 @@ def test_a_value_that_is_no_tensor_is_an_error_where_the_model_has_one(tmp_path)
         load_checkpoint(nn.Linear(2, 2), tmp_path / "w.pt", strict=False)
 
 
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_a_sparse_tensor_of_the_model_is_refused_by_name_before_anything_changes(layout, tmp_path):
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.zeros(2))
+            self.register_buffer("edges", torch.eye(3).to_sparse(layout=layout))
+
+    torch.save({"scale": torch.ones(2), "edges": torch.ones(3, 3)}, tmp_path / "w.pt")
+    model = Graph()
+    for use in (plan_load, load_checkpoint):
+        with pytest.raises(StateDictMismatchError, match=rf"edges: expected a dense tensor.*{layout}.*to_dense"):
+            use(model, tmp_path / "w.pt")
+    assert model.scale.tolist() == [0, 0]
+    assert load_checkpoint(model, tmp_path / "w.pt", key_map={"edges": None}, strict=False).loaded == ("scale",)
+
+
 @pytest.mark.parametrize("context", [deferred_init, empty_init])
 def test_exactly_what_the_file_does_not_provide_gets_its_own_initialization(context, misfit, make_net, bits):
     with context():
