@@ -84,8 +84,8 @@ class Settings:
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.host_buffer_bytes, int | float):
-            raise TypeError(f"host_buffer_bytes must be a number of bytes, found {self.host_buffer_bytes!r}.")
+        if not isinstance(self.host_buffer_bytes, int):
+            raise TypeError(f"host_buffer_bytes must be an integer, in bytes, found {self.host_buffer_bytes!r}.")
         if not isinstance(self.num_threads, int | None):
             raise TypeError(f"num_threads must be an integer or None, found {self.num_threads!r}.")
         if self.host_buffer_bytes < MIN_HOST_BUFFER_BYTES:

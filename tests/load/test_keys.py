@@ -130,10 +130,19 @@ def test_a_key_map_of_another_kind_is_refused(key_map, message, save, make_net):
 def test_arguments_in_the_wrong_order_are_refused(save, make_net):
     with pytest.raises(TypeError, match=r"expected a torch.nn.Module, found .*Path. The path comes second"):
         load_checkpoint(save(), make_net())
-    with pytest.raises(TypeError, match=r"host_buffer_bytes must be a number of bytes, found '1GiB'"):
-        load_checkpoint(make_net(), save(), host_buffer_bytes="1GiB")
-    with pytest.raises(TypeError, match=r"num_threads must be an integer or None, found 1\.5"):
-        load_checkpoint(make_net(), save(), num_threads=1.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"host_buffer_bytes": "1GiB"}, "host_buffer_bytes must be an integer, in bytes, found '1GiB'"),
+        ({"host_buffer_bytes": 1e6}, r"host_buffer_bytes must be an integer, in bytes, found 1000000\.0"),
+        ({"num_threads": 1.5}, r"num_threads must be an integer or None, found 1\.5"),
+    ],
+)
+def test_settings_of_another_kind_are_refused(arguments, message, save, make_net):
+    with pytest.raises(TypeError, match=message):
+        load_checkpoint(make_net(), save(), **arguments)
 
 
 def test_strange_names_are_kept(tmp_path, bits):
