@@ -11,7 +11,7 @@ from typing import Any, Final
 from lightning_efficient_init.checkpoint.entry import Entry
 from lightning_efficient_init.checkpoint.file import CheckpointFile
 from lightning_efficient_init.checkpoint.format import CheckpointFormat, CheckpointTree
-from lightning_efficient_init.checkpoint.wording import DOWNLOAD_AGAIN, explain, listing, shorten
+from lightning_efficient_init.checkpoint.wording import DOWNLOAD_AGAIN, explain, listing, shorten, show
 from lightning_efficient_init.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -163,7 +163,7 @@ def _as_state_dict(tree: Any, path: str) -> dict[str, Any]:
     ):
         return tree
     raise UnsupportedCheckpointError(
-        explain(path, expected="a state dict", found=type(tree).__name__, todo="Load this file on its own.")
+        explain(path, expected="a state dict", found=show(tree), todo="Load this file on its own.")
     )
 
 

@@ -10,7 +10,7 @@ import torch
 
 from lightning_efficient_init.checkpoint.entry import Entry
 from lightning_efficient_init.checkpoint.tree import holds_leaf
-from lightning_efficient_init.checkpoint.wording import explain, listing
+from lightning_efficient_init.checkpoint.wording import explain, listing, show
 from lightning_efficient_init.errors import CheckpointNotFoundError, UnsupportedCheckpointError
 
 _LIGHTNING: Final = "state_dict"
@@ -50,7 +50,7 @@ def weights_of(tree: Any, key: str | None = None, *, path: str) -> Weights:
     if key is None:
         key = _find_key(tree, path)
     elif not isinstance(tree, Mapping) or key not in tree:
-        present = listing(tree) if isinstance(tree, Mapping) else type(tree).__name__
+        present = listing(tree) if isinstance(tree, Mapping) else show(tree)
         raise CheckpointNotFoundError(
             explain(path, expected=f"the key {key!r}", found=present, todo="Ask for one of these keys.")
         )
@@ -62,7 +62,7 @@ def weights_of(tree: Any, key: str | None = None, *, path: str) -> Weights:
             explain(
                 path,
                 expected=f"a state dict under {key!r}" if key is not None else "a state dict",
-                found=type(found).__name__,
+                found=show(found),
                 todo="Ask for a key that holds a dict of tensors.",
             )
         )
@@ -73,7 +73,7 @@ def _find_key(tree: Any, path: str) -> str | None:
     if isinstance(tree, torch.nn.Module) or (isinstance(tree, Mapping) and not tree):
         return None
     if not isinstance(tree, Mapping):
-        raise _without_weights(path, f"a {type(tree).__name__}")
+        raise _without_weights(path, show(tree))
     if isinstance(tree.get(_LIGHTNING), Mapping) and (not tree[_LIGHTNING] or _is_loadable(tree[_LIGHTNING])):
         return _LIGHTNING
     others = [(key, value) for key, value in tree.items() if not isinstance(value, Entry)]

@@ -6,10 +6,20 @@ import reprlib
 from collections.abc import Iterable
 from typing import Any
 
+from lightning_efficient_init.checkpoint.entry import Entry
+
 DOWNLOAD_AGAIN = "Copy or download the file again, or write it again from the model."
 SAVE_AGAIN = "Write the checkpoint again with torch.save or safetensors."
 
-_REPR = reprlib.Repr()
+
+class _Repr(reprlib.Repr):
+    """Short, and with tensors as what they are."""
+
+    def repr_Entry(self, entry: Entry, _: int) -> str:  # noqa: N802 (found by the type's name)
+        return f"a tensor, {str(entry.dtype).removeprefix('torch.')} {list(entry.shape)}"
+
+
+_REPR = _Repr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 3, 200, 200, 100
 _REPR.maxtuple = _REPR.maxlist = _REPR.maxdict = 8
 

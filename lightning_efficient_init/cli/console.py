@@ -14,7 +14,6 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from lightning_efficient_init.checkpoint import Entry
 from lightning_efficient_init.checkpoint.wording import show
 
 _WIDTH_IN_FILES = 220
@@ -64,11 +63,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def in_words(value: object) -> str:
-    """A value from a checkpoint on one line."""
-    return f"a tensor, {dtype_name(value.dtype)} {list(value.shape)}" if isinstance(value, Entry) else show(value)
-
-
 def print_json(content: Any) -> None:
     """Write to standard output as JSON, which has neither infinity nor NaN."""
     console().file.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
@@ -86,7 +80,7 @@ def _jsonable(value: Any, seen: set[int], level: int) -> Any:
     if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if not isinstance(value, (dict, list, tuple)) or id(value) in seen or level > _MAX_LEVELS:
-        return in_words(value)
+        return show(value)
     seen.add(id(value))
     if isinstance(value, dict):
         return {str(key): _jsonable(item, seen, level + 1) for key, item in value.items()}

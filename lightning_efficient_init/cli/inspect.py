@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from lightning_efficient_init.checkpoint import Entry
-from lightning_efficient_init.cli.console import console, dtype_name, in_words, jsonable, plain, print_json, size, table
+from lightning_efficient_init.checkpoint.wording import show
+from lightning_efficient_init.cli.console import console, dtype_name, jsonable, plain, print_json, size, table
 from lightning_efficient_init.contents import Contents, Part, inspect_checkpoint
 
 _MAX_LEVELS = 32  # of names; what lies deeper is one name
@@ -188,7 +189,7 @@ def _print_values(title: str, values: Mapping[str, Any], out: Console) -> None:
     if values:
         out.print(f"\n{title}")
     for name, value in values.items():
-        out.print(plain(f"  {name}: {in_words(value)}"))
+        out.print(plain(f"  {name}: {show(value)}"))
 
 
 def _print_rest(contents: Contents, out: Console) -> None:
@@ -197,7 +198,7 @@ def _print_rest(contents: Contents, out: Console) -> None:
         out.print("\nAlso in it")
     for part in rest:
         amount = f"{part.kind}, {len(part.tensors)} tensors, {size(part.num_bytes)}"
-        out.print(plain(f"  {part.key}: {amount if part.tensors else in_words(part.value)}"))
+        out.print(plain(f"  {part.key}: {amount if part.tensors else show(part.value)}"))
 
 
 def _as_json(contents: Contents) -> dict[str, Any]:

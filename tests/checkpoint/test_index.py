@@ -3,6 +3,7 @@
 import gc
 import io
 import os
+import re
 import threading
 
 import pytest
@@ -69,24 +70,26 @@ def test_several_candidates_are_listed_and_one_may_be_named(tmp_path):
     assert weights_of(tree, "generator", path=str(path)).entries is tree["generator"]
     with pytest.raises(CheckpointNotFoundError, match=r"'net'.*'generator'"):
         weights_of(tree, "net", path=str(path))
-    with pytest.raises(CheckpointNotFoundError, match="'optimizer'"):
+    with pytest.raises(CheckpointNotFoundError, match=r"'optimizer', found .*'exp_avg': a tensor, float32 \[2, 2\]"):
         weights_of(tree, "optimizer", path=str(path))
 
 
 @pytest.mark.parametrize(
-    "tree",
+    ("tree", "found"),
     [
-        {"a": 1},
-        [torch.ones(1)],
-        torch.ones(1),
-        3,
-        {"optimizer": OPTIMIZER},
-        WEIGHTS | {"optimizer": OPTIMIZER},
-        WEIGHTS | {3: "epoch"},
+        ({"a": 1}, "the keys 'a'"),
+        ([torch.ones(1)], "[a tensor, float32 [1]]"),
+        (torch.ones(2, 3), "a tensor, float32 [2, 3]"),
+        (3, "3"),
+        ({"optimizer": OPTIMIZER}, "the keys 'optimizer'"),
+        (WEIGHTS | {"optimizer": OPTIMIZER}, "the keys 'layer.weight', 'layer.bias', 'optimizer'"),
+        (WEIGHTS | {3: "epoch"}, "the keys 'layer.weight', 'layer.bias', 3"),
     ],
 )
-def test_a_checkpoint_without_weights_is_reported(tmp_path, tree):
-    with pytest.raises(CheckpointNotFoundError, match="state dict"):
+def test_a_checkpoint_without_weights_is_reported(tmp_path, tree, found):
+    with pytest.raises(
+        CheckpointNotFoundError, match=re.escape(f"expected a state dict somewhere in it, found {found}. ")
+    ):
         index_checkpoint(save(tree, tmp_path / "a.pt"))
 
 

@@ -99,7 +99,9 @@ def test_what_a_file_says_is_no_markup_and_moves_no_terminal(tmp_path, capsys):
 def test_what_json_has_no_word_for_is_there_as_it_is_printed(value, words, tmp_path, capsys):
     values = {"x": value, "nested": {"x": [value]}}
     torch.save({"state_dict": {"w": torch.zeros(2)}, "hyper_parameters": values}, tmp_path / "a.ckpt")
-    assert f"x: {words}" in shown(capsys, tmp_path / "a.ckpt")
+    lines = shown(capsys, tmp_path / "a.ckpt")
+    assert f"x: {words}" in lines
+    assert f"nested: {{'x': [{words}]}}" in lines
     assert main(["inspect", str(tmp_path / "a.ckpt"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert found["hyperparameters"] == {"x": words, "nested": {"x": [words]}}
