@@ -193,7 +193,7 @@ def _hyperparameters(found: CheckpointTree) -> dict[str, Any]:
 def _config(folder: str) -> dict[str, Any]:
     """The ``config.json`` of a Hugging Face folder; nothing if it is not there or not JSON."""
     try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8-sig") as file:
             config = json.loads(file.read(_MAX_CONFIG_BYTES))
     except (OSError, ValueError, RecursionError):
         return {}

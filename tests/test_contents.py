@@ -83,7 +83,7 @@ def test_a_hugging_face_folder_tells_its_files_and_its_config(tmp_path):
         save_file({name: torch.zeros(2, 2)}, tmp_path / f"{name}.safetensors")
     index = {"weight_map": {name: f"{name}.safetensors" for name in ("x", "y")}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8-sig")
     contents = inspect_checkpoint(tmp_path)
     assert set(contents.weights[0].tensors) == {"x", "y"}
     assert contents.files == {str(file): file.stat().st_size for file in tmp_path.glob("*.safetensors")}

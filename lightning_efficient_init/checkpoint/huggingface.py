@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Final
@@ -44,7 +45,7 @@ class HuggingFaceFolder:
     def recognize(self, path: str, head: bytes | None) -> bool:
         """Whether a folder holds weights under one of the names in use, or a file is such an index."""
         if head is not None:
-            return head.lstrip()[:1] == b"{" and path.endswith(_INDEX)
+            return head.removeprefix(BOM_UTF8).lstrip()[:1] == b"{" and path.endswith(_INDEX)
         return bool(_candidates(path))
 
     def read(self, path: str, *, weights_only: bool) -> CheckpointTree:
@@ -119,7 +120,7 @@ def _read_weight_map(index: str) -> dict[str, str]:
             raise _bad_index(index, f"{file.num_bytes} bytes")
         text = file.read(0, file.num_bytes)
     try:
-        content = json.loads(text.decode("utf-8"))
+        content = json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise _bad_index(index, f"{type(error).__name__}: {shorten(error)}") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None

@@ -80,6 +80,13 @@ def test_an_index_may_be_named_itself(tmp_path, assert_same):
         index_checkpoint(tmp_path)
 
 
+def test_an_index_may_start_with_a_byte_order_mark(tmp_path, assert_same):
+    index = sharded(tmp_path) / "model.safetensors.index.json"
+    index.write_text(index.read_text(), encoding="utf-8-sig")
+    for path in (tmp_path, index):
+        assert_same(index_checkpoint(path).weights, TENSORS)
+
+
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b", "", ".", "nul\0"])
 def test_a_shard_outside_the_folder_is_refused(tmp_path, name):
     with pytest.raises(CorruptCheckpointError, match="inside the folder"):
