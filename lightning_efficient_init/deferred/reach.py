@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.nn import Module, Parameter
 
+from lightning_efficient_init.sharding import is_flat
+
 _CONTAINERS = frozenset({list, tuple, dict, OrderedDict, set, frozenset})
 _OF_ALL = frozenset(vars(Module()))  # attributes that every module has
 
@@ -34,38 +36,34 @@ def named_parameters(model: Module, *, remove_duplicate: bool = True) -> Iterato
 
 def hidden_parameters(model: Module) -> Iterator[tuple[str, Parameter]]:
     """Parameters that belong to a model unregistered: in containers, and in modules there; each once, by its path."""
-    known = _registered(model)
-    holders = {key for key, module in known.items() if any(True for _ in _held(module))}
-    if not holders:
+    known: set[int] = set()
+    waiting = [(path, module) for path, module in _modules("", model, known) if any(True for _ in _held(module))]
+    if not waiting:
         return  # as nearly always, also where there are very many modules
-    waiting = [(path, module) for path, module in model.named_modules() if id(module) in holders]
     hidden: dict[int, tuple[str, Parameter]] = {}
-    while waiting:
-        path, module = waiting.pop()
+    for path, module in waiting:
         for name, found in _found_in(path, module):
-            if isinstance(found, Parameter):
+            if isinstance(found, Parameter) and not is_flat(found):
                 hidden.setdefault(id(found), (name, found))
             elif isinstance(found, Module):
-                fresh = [(below, child) for below, child in found.named_modules(prefix=name) if id(child) not in known]
-                known |= {id(child): child for _, child in fresh}
+                fresh = list(_modules(name, found, known))
                 waiting += fresh
                 params = [(_join(below, n), p) for below, child in fresh for n, p in child._parameters.items()]
                 hidden = {id(p): (name, p) for name, p in params if p is not None} | hidden
-    if hidden:
-        registered = set(map(id, model.parameters()))
-        yield from (item for key, item in hidden.items() if key not in registered)
+    registered = {id(param) for param in model.parameters()} if hidden else set()
+    yield from (item for key, item in hidden.items() if key not in registered)
 
 
-def _registered(model: Module) -> dict[int, Module]:
-    """What ``model.modules()`` gives, by id and in a fraction of the time."""
-    known: dict[int, Module] = {}
-    waiting: list[Module | None] = [model]
+def _modules(path: str, module: Module, known: set[int]) -> Iterator[tuple[str, Module]]:
+    """What ``module.named_modules(prefix=path)`` gives, whatever the depth, less those that are ``known``."""
+    waiting: list[tuple[str, Module | None]] = [(path, module)]
     while waiting:
-        module = waiting.pop()
-        if module is not None and id(module) not in known:
-            known[id(module)] = module
-            waiting += module._modules.values()
-    return known
+        path, child = waiting.pop()
+        if child is not None and id(child) not in known:
+            known.add(id(child))
+            yield path, child
+            if children := child._modules:
+                waiting += [(f"{path}.{name}" if path else name, below) for name, below in reversed(children.items())]
 
 
 def _held(module: Module) -> Iterator[tuple[str, Any]]:
