@@ -112,6 +112,28 @@ def test_a_checkpoint_whose_pickle_would_run_code_is_refused_unless_trusted(tmp_
         assert found.hparams.config.a == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*is an instance of `nn.Module`")  # and what happens is tested
+def test_a_module_among_the_hyperparameters_comes_back_with_parameters_that_train(tmp_path):
+    class Wraps(L.LightningModule):
+        def __init__(self, net):
+            super().__init__()
+            self.save_hyperparameters()
+            self.net = net
+
+    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    net[0].bias.requires_grad_(False)
+    trainer = quiet_trainer()
+    trainer.strategy.connect(Wraps(net))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    with init():
+        found = Wraps.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=False)
+    assert {type(parameter) for parameter in found.parameters()} == {nn.Parameter}
+    assert {type(buffer) for buffer in found.buffers()} == {torch.Tensor}
+    assert [p.requires_grad for p in found.parameters()] == [p.requires_grad for p in net.parameters()]
+    for name, value in net.state_dict().items():
+        assert torch.equal(found.net.state_dict()[name], value)
+
+
 def test_strict_loading_names_everything(checkpoint):
     class Other(Regression):
         def __init__(self, *args, **kwargs):

@@ -11,7 +11,7 @@ from lightning_efficient_init.checkpoint.entry import Chunk, Entry
 from lightning_efficient_init.checkpoint.file import Seal
 from lightning_efficient_init.checkpoint.format import CheckpointFormat, CheckpointTree
 from lightning_efficient_init.checkpoint.index import FORMATS, CheckpointIndex, index_checkpoint, index_tree
-from lightning_efficient_init.checkpoint.lazy import LazyTensor, lazy_tree, read_entry
+from lightning_efficient_init.checkpoint.lazy import LazyTensor, as_saved, lazy_tree, read_entry
 from lightning_efficient_init.checkpoint.tree import map_leaves
 from lightning_efficient_init.checkpoint.weights import Weights, weights_of
 
@@ -25,6 +25,7 @@ __all__ = [
     "LazyTensor",
     "Seal",
     "Weights",
+    "as_saved",
     "index_checkpoint",
     "index_tree",
     "lazy_tree",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -16,8 +16,9 @@ import torch
 class Entry:
     """One tensor in a checkpoint file; a value, which nobody changes.
 
-    Two entries with equal fields are the same tensor (a tie in the checkpoint); entries whose extents overlap share
-    a storage. Elements are little endian; every offset and size has been checked against the file.
+    Two equal entries are the same tensor (a tie in the checkpoint), be one a parameter and the other its values;
+    entries whose extents overlap share a storage. Elements are little endian; every offset and size has been checked
+    against the file.
 
     A tensor that is stored in several chunks has an entry that names them; its own position is that of the first one.
 
@@ -28,6 +29,8 @@ class Entry:
         shape: Sizes, in elements.
         stride: Strides, in elements; never negative.
         chunks: The blocks that it is stored in, where it is not in one piece.
+        requires_grad: Whether it required gradients when it was saved; tensors of state dicts do not.
+        is_parameter: Whether it was saved as a `torch.nn.Parameter`.
     """
 
     file: str
@@ -36,6 +39,8 @@ class Entry:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     chunks: tuple[Chunk, ...] = ()
+    requires_grad: bool = field(default=False, compare=False)
+    is_parameter: bool = field(default=False, compare=False)
 
     @property
     def numel(self) -> int:

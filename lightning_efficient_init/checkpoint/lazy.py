@@ -125,8 +125,13 @@ class LazyTensor(torch.Tensor):
         """The tensor in the file; None once someone may have written to it, so that only `read` has its values."""
         return None if self._source.is_written() else self._source.sealed_entry()
 
+    @property
+    def is_parameter(self) -> bool:
+        """Whether it is a `torch.nn.Parameter` to those who ask with ``isinstance``."""
+        return isinstance(self, torch.nn.Parameter)
+
     def read(self) -> torch.Tensor:
-        """Gives the real tensor, on the device."""
+        """Gives the real values, on the device: a plain tensor, whatever this one is."""
         return self._source.read()
 
     @classmethod
@@ -154,11 +159,11 @@ class LazyTensor(torch.Tensor):
         return func(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        copy = memo[id(self)] = self.read().clone()
+        copy = memo[id(self)] = as_saved(self.read().clone(), self)
         return copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.read().__reduce_ex__(protocol)
+        return as_saved(self.read(), self).__reduce_ex__(protocol)
 
 
 class _Source:
@@ -256,22 +261,32 @@ def _assemble(entry: Entry, device: torch.device | str) -> torch.Tensor:
     return whole.to(device)
 
 
+def as_saved(tensor: torch.Tensor, leaf: Entry | LazyTensor) -> torch.Tensor:
+    """Gives ``tensor``, which has the values of ``leaf``, or the same memory as the parameter that ``leaf`` is."""
+    # what a damaged file says of integers is passed over
+    requires_grad = leaf.requires_grad and (tensor.is_floating_point() or tensor.is_complex())
+    if leaf.is_parameter:
+        return torch.nn.Parameter(tensor, requires_grad)
+    return tensor.detach().requires_grad_() if requires_grad else tensor
+
+
 def lazy_tree(tree: Any, device: torch.device | str = "cpu", seal: Seal | None = None) -> Any:
     """Copies a checkpoint's tree with a `LazyTensor` in place of every `Entry`; equal entries become one object.
 
-    Tensors that only overlap in the file are read each on its own.
+    Tensors that only overlap in the file are read each on its own, and so are a parameter and its detached self.
 
     Args:
         tree: The tree.
         device: Where operations find real tensors.
         seal: Of the checkpoint's files, which others may replace in the meantime.
     """
-    made: dict[Entry, LazyTensor] = {}
+    made: dict[tuple[Entry, bool, bool], torch.Tensor] = {}
 
-    def make(entry: Entry, _: Any) -> LazyTensor:
-        if entry not in made:
-            made[entry] = LazyTensor(entry, device, seal)
-        return made[entry]
+    def make(entry: Entry, _: Any) -> torch.Tensor:
+        key = entry, entry.is_parameter, entry.requires_grad
+        if key not in made:
+            made[key] = as_saved(LazyTensor(entry, device, seal), entry)
+        return made[key]
 
     return map_leaves(tree, Entry, make)
 

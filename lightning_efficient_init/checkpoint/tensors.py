@@ -73,11 +73,15 @@ class StoredTensor:
         storage: Where its elements are.
         layout: Which of them.
         refusal: Why it cannot be an entry ("a sparse tensor"), or None.
+        requires_grad: Whether it requires gradients.
+        is_parameter: Whether it is a `torch.nn.Parameter`.
     """
 
     storage: Any = None
     layout: StoredLayout | None = None
     refusal: str | None = None
+    requires_grad: bool = False
+    is_parameter: bool = False
 
 
 def resolve_tensors(tree: Any, file: str, locate: Callable[[StoredStorage], int]) -> Any:
@@ -127,7 +131,9 @@ def _entry(tensor: StoredTensor, path: Path, file: str, locate: Callable[[Stored
         start = locate(storage)
     except StorageError as error:
         raise _corrupt(file, path, error.expected, error.found) from None
-    return Entry(file, start + layout.offset * dtype.itemsize, dtype, layout.shape, layout.stride)
+    entry = Entry(file, start + layout.offset * dtype.itemsize, dtype, layout.shape, layout.stride)
+    entry.requires_grad, entry.is_parameter = tensor.requires_grad, tensor.is_parameter
+    return entry
 
 
 def is_inside(layout: StoredLayout, dtype: torch.dtype, num_bytes: int) -> bool:

@@ -86,7 +86,8 @@ class _TrustingUnpickler(pickle.Unpickler):
         if stored is None:
             return StoredTensor(refusal="a tensor that the file's own code has made")
         layout = StoredLayout(tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
-        return StoredTensor(stored, layout)
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        return StoredTensor(stored, layout, requires_grad=tensor.requires_grad, is_parameter=is_parameter)
 
 
 def _refusal_of(tensor: torch.Tensor) -> str | None:

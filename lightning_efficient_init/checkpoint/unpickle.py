@@ -36,6 +36,7 @@ import re
 import struct
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Final
@@ -125,19 +126,20 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> StoredTensor:
 def _tensor_v2(
     storage: Any, offset: Any, shape: Any, stride: Any, requires_grad: Any, hooks: Any, metadata: Any = None
 ) -> StoredTensor:
-    return StoredTensor(storage, StoredLayout(offset, shape, stride), _refusal_of(metadata))
+    return StoredTensor(storage, StoredLayout(offset, shape, stride), _refusal_of(metadata), requires_grad is True)
 
 
 def _tensor_v3(
     storage: Any, offset: Any, shape: Any, stride: Any, requires_grad: Any, hooks: Any, dtype: Any, metadata: Any = None
 ) -> StoredTensor:
-    return StoredTensor(storage, StoredLayout(offset, shape, stride, dtype), _refusal_of(metadata))
+    layout = StoredLayout(offset, shape, stride, dtype)
+    return StoredTensor(storage, layout, _refusal_of(metadata), requires_grad is True)
 
 
-def _parameter(data: Any, *_: Any) -> StoredTensor | Entry:
-    if not isinstance(data, _TENSORS):
+def _parameter(data: Any, requires_grad: Any, *_: Any) -> StoredTensor | Entry:
+    if not isinstance(data, StoredTensor | Entry):
         raise TypeError("a parameter without a tensor")
-    return data
+    return replace(data, requires_grad=requires_grad is True, is_parameter=True)
 
 
 def _from_type(rebuild: Any, kind: Any, args: Any, _state: Any) -> StoredTensor:
@@ -710,15 +712,15 @@ _BINPUT, _LONG_BINPUT, _BINGET, _BININT1 = (
 _MARK, _TUPLE, _TUPLE2, _STOP = (code[0] for code in (pickle.MARK, pickle.TUPLE, pickle.TUPLE2, pickle.STOP))
 
 # What follows the name of `_rebuild_tensor_v2` in protocol 2, with the numbers as K, M or J has them, and memo indices
-# of four bytes, as nearly all are: ((storage, type, key, location, numel), offset, shape, stride, requires_grad,
-# OrderedDict()), and the call.
+# of four bytes, as nearly all are: ((storage, type, key, location, numel), offset, shape, stride, False,
+# OrderedDict()), and the call. False says that it does not require gradients, as no tensor of a state dict does.
 _INT: Final = rb"K.|M..|J...[\x00-\x7f]"
 _INTS: Final = rb"(?:\)|(\(?(?:" + _INT + rb")+[\x85-\x87t])r....)"
 _PUT: Final = rb"r(....)"
 _GET: Final = rb"(h.|j....)"
 _REBUILD_CALL: Final = (
     rb"\(\(((?:h.|j....){2})X(.)\0\0\0([0-9]+)" + _PUT + rb"(?:h.|j....)(" + _INT + rb")tr....Q"
-    rb"(" + _INT + rb")" + _INTS + _INTS + rb"[\x88\x89]" + _GET + rb"\)Rr....tr....R" + _PUT
+    rb"(" + _INT + rb")" + _INTS + _INTS + rb"\x89" + _GET + rb"\)Rr....tr....R" + _PUT
 )
 _CALL: Final = re.compile(_REBUILD_CALL, re.DOTALL)
 # An item of a state dict, and of its `_metadata`, where the value is {"version": number}. Where the name ends follows

@@ -20,7 +20,7 @@ import torch
 from torch.nn import Module
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX, _IncompatibleKeys
 
-from lightning_efficient_init.checkpoint import Entry, LazyTensor, map_leaves, read_entry
+from lightning_efficient_init.checkpoint import Entry, LazyTensor, as_saved, map_leaves, read_entry
 from lightning_efficient_init.deferred import settle
 from lightning_efficient_init.load import own_code
 from lightning_efficient_init.load.keys import strip_wrappers
@@ -353,7 +353,7 @@ def _set_extra_state(module: Module, state: Any) -> None:
 
 
 def _read(leaf: Entry | LazyTensor, _: object) -> torch.Tensor:
-    return leaf.read() if isinstance(leaf, LazyTensor) else read_entry(leaf)
+    return as_saved(leaf.read() if isinstance(leaf, LazyTensor) else read_entry(leaf), leaf)
 
 
 def _bind_custom(module: Module, prefix: str, state: dict[str, Any], metadata: Any, binding: Binding) -> None:

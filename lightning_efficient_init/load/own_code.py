@@ -20,13 +20,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.nn import Module, Parameter
+from torch.nn import Module
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_efficient_init.checkpoint import LazyTensor, lazy_tree, map_leaves
+from lightning_efficient_init.checkpoint import LazyTensor, as_saved, lazy_tree, map_leaves
 from lightning_efficient_init.errors import CheckpointError, StateDictMismatchError
 from lightning_efficient_init.patching import ScopedPatch
 from lightning_efficient_init.sinks import shape_of
@@ -324,8 +324,7 @@ def _real(
     made: dict[LazyTensor, torch.Tensor], device: torch.device | None, lazy: LazyTensor, _: object
 ) -> torch.Tensor:
     if lazy not in made:  # a tie stays one
-        real = lazy.read().to(device or lazy.device)
-        made[lazy] = Parameter(real, lazy.requires_grad) if isinstance(lazy, Parameter) else real
+        made[lazy] = as_saved(lazy.read().to(device or lazy.device), lazy)
     return made[lazy]
 
 

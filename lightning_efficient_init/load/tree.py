@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lightning_efficient_init.checkpoint import Entry, LazyTensor, Seal, map_leaves
+from lightning_efficient_init.checkpoint import Entry, LazyTensor, Seal, as_saved, map_leaves
 from lightning_efficient_init.garbage import collections_paused
 from lightning_efficient_init.load.load import stream
 from lightning_efficient_init.load.pipeline import Settings
@@ -29,21 +29,26 @@ def read_tree(
         replicas: Other ranks that read the same, to share the reading.
 
     Returns:
-        The tree in new containers. What was one tensor in the checkpoint is one tensor here.
+        The tree in new containers. What was one tensor in the checkpoint is one tensor here, and what was a parameter
+        is one; a parameter and its detached self share their memory.
     """
     tensors: dict[Entry, torch.Tensor] = {}
     names: dict[Entry, str] = {}
+    made: dict[tuple[Entry, bool, bool], torch.Tensor] = {}
 
     def reserve(leaf: Entry | LazyTensor, path: tuple[object, ...]) -> torch.Tensor:
         entry = leaf if isinstance(leaf, Entry) else leaf.entry
         if entry is None:
             assert isinstance(leaf, LazyTensor)
-            return leaf.read().to(device)
+            return as_saved(leaf.read().to(device), leaf)
         if entry not in tensors:
             names[entry] = ".".join(map(str, path))
             target = device if entry.shape else torch.device("cpu")
             tensors[entry] = torch.empty(entry.shape, dtype=entry.dtype, device=target)
-        return tensors[entry]
+        key = entry, leaf.is_parameter, leaf.requires_grad
+        if key not in made:
+            made[key] = as_saved(tensors[entry], leaf)
+        return made[key]
 
     result = map_leaves(tree, (Entry, LazyTensor), reserve)
     with Meter(sum(entry.extent_bytes for entry in tensors), {device}, progress=None) as meter:

@@ -164,6 +164,20 @@ def test_it_may_become_a_parameter(lazy, index):
     assert parameter.entry == index["w"]
 
 
+def test_what_was_saved_as_a_parameter_is_one(tmp_path):
+    parameter = torch.nn.Parameter(VALUES)
+    torch.save({"p": parameter, "again": parameter, "values": parameter.detach()}, tmp_path / "p.pt")
+    lazy = lazy_tree(index_tree(tmp_path / "p.pt").tree)
+    assert lazy["p"] is lazy["again"]
+    for found in (lazy["p"], copy.deepcopy(lazy["p"]), pickle.loads(pickle.dumps(lazy["p"]))):
+        assert isinstance(found, torch.nn.Parameter)
+        assert found.requires_grad
+        assert torch.equal(found, VALUES)
+    assert not isinstance(lazy["values"], torch.nn.Parameter)
+    assert not lazy["values"].requires_grad
+    assert lazy["p"].entry == lazy["values"].entry
+
+
 def test_on_the_meta_device_nothing_is_read(index, tmp_path):
     (tmp_path / "a.pt").unlink()
     tensor = lazy_tree(index, "meta")["w"]

@@ -230,6 +230,21 @@ def test_load_without_a_state_returns_everything(tmp_path):
     assert found["step"] == 4
 
 
+def test_what_was_saved_as_a_parameter_is_loaded_as_one(tmp_path):
+    fabric = quiet_fabric()
+    net = nn.Linear(2, 2)
+    net.bias.requires_grad_(False)
+    torch.save({"net": net, "p": net.weight, "rest": {"p": net.weight}}, tmp_path / "a.ckpt")
+    state = {"net": None, "p": None}
+    rest = fabric.load(tmp_path / "a.ckpt", state, weights_only=False)
+    whole = fabric.load(tmp_path / "a.ckpt", weights_only=False)
+    for found in (state["p"], rest["rest"]["p"], whole["p"], *state["net"].parameters(), *whole["net"].parameters()):
+        assert type(found) is nn.Parameter
+    assert [p.requires_grad for p in state["net"].parameters()] == [True, False]
+    assert whole["p"] is whole["net"].weight
+    assert torch.equal(whole["p"], net.weight)
+
+
 def test_strict_loading_asks_for_every_key(tmp_path):
     fabric = quiet_fabric()
     torch.save({"model": nn.Linear(2, 2).state_dict()}, tmp_path / "a.ckpt")

@@ -236,7 +236,17 @@ def test_a_mismatch_after_a_rename_can_be_ignored_and_is_initialized(tmp_path, b
     assert bits(model) == bits(expected)
 
 
-@pytest.mark.parametrize("state", [None, 3, "text", {"a": torch.ones(2), "n": [torch.zeros(3), 1]}, torch.ones(2)])
+STATES = [
+    None,
+    3,
+    "text",
+    {"a": torch.ones(2), "n": [torch.zeros(3), 1]},
+    torch.ones(2),
+    [nn.Parameter(torch.ones(2)), torch.ones(3, requires_grad=True)],
+]
+
+
+@pytest.mark.parametrize("state", STATES)
 def test_extra_state_arrives_with_its_tensors_read(state, tmp_path):
     torch.save(nn.Sequential(Extra(state)).state_dict(), tmp_path / "w.pt")
     model = nn.Sequential(Extra())

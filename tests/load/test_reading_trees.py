@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,6 +53,35 @@ def test_containers_ties_and_odd_tensors_survive(tmp_path, bits):
     assert found["none"] is None
     found["a"][0].zero_()
     assert torch.equal(torch.load(tmp_path / "c.pt")["t"], base.t())
+
+
+@pytest.mark.parametrize("weights_only", [True, False], ids=["restricted", "trusted"])
+@pytest.mark.parametrize("see", [lambda tree: tree, lazy_tree], ids=["entries", "lazy"])
+def test_parameters_come_back_as_parameters_with_the_memory_of_their_detached_selves(tmp_path, weights_only, see):
+    net = nn.BatchNorm1d(3)
+    net.bias.requires_grad_(False)
+    moved = torch.ones(2, requires_grad=True)
+    torch.save({"net": dict(net.named_parameters()), "state": net.state_dict(), "t": moved}, tmp_path / "c.pt")
+    found = read_tree(see(index_tree(tmp_path / "c.pt", weights_only=weights_only).tree), torch.device("cpu"))
+    for name, expected in net.named_parameters():
+        assert type(found["net"][name]) is nn.Parameter
+        assert found["net"][name].requires_grad == expected.requires_grad
+        assert torch.equal(found["net"][name], expected)
+    assert {type(value) for value in found["state"].values()} == {torch.Tensor}
+    assert not any(value.requires_grad for value in found["state"].values())
+    if see is not lazy_tree:
+        assert found["state"]["weight"].data_ptr() == found["net"]["weight"].data_ptr()
+    assert type(found["t"]) is torch.Tensor
+    assert found["t"].requires_grad
+    assert found["t"].is_leaf
+
+
+def test_a_file_that_says_that_integers_require_gradients_is_read(tmp_path):
+    torch.save(nn.Parameter(torch.ones(3), requires_grad=True), tmp_path / "c.pt")
+    entry = index_tree(tmp_path / "c.pt").tree
+    found = read_tree(replace(entry, dtype=torch.int32), torch.device("cpu"))
+    assert type(found) is nn.Parameter
+    assert not found.requires_grad
 
 
 def test_lazy_tensors_that_were_edited_are_taken_as_they_are(tmp_path):

@@ -126,6 +126,28 @@ def test_hooks_may_make_parameters_of_what_is_in_the_checkpoint(checkpoint, stra
     assert torch.equal(model.scale, torch.load(checkpoint)["state_dict"]["scale"])
 
 
+class TakesSavedParameters(Regression):
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["offset"] = torch.nn.Parameter(torch.full((3,), 2.0))
+        checkpoint["state_dict"]["offset"] = checkpoint["offset"].detach()
+        checkpoint["state_dict"]["factor"] = torch.nn.Parameter(torch.full((2,), 3.0), requires_grad=False)
+
+    def on_load_checkpoint(self, checkpoint):
+        self.offset = checkpoint["offset"]
+        self.factor = checkpoint["state_dict"]["factor"]
+
+
+def test_hooks_may_take_parameters_out_of_the_checkpoint(tmp_path):
+    trainer = quiet_trainer()
+    trainer.strategy.connect(TakesSavedParameters())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    model = TakesSavedParameters()
+    our_trainer().validate(model, loader(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    assert type(model.offset) is type(model.factor) is torch.nn.Parameter
+    assert (model.offset.tolist(), model.offset.requires_grad) == ([2, 2, 2], True)
+    assert (model.factor.tolist(), model.factor.requires_grad) == ([3, 3], False)
+
+
 def test_a_parameter_whose_data_is_a_lazy_tensor_is_an_error_with_what_to_do(checkpoint):
     class SetsData(Regression):
         def on_load_checkpoint(self, checkpoint):
