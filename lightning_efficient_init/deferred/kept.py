@@ -17,6 +17,7 @@ import torch
 from lightning_efficient_init.deferred import canary
 from lightning_efficient_init.deferred.active import current
 from lightning_efficient_init.deferred.recipe import Recipe, Ref, living
+from lightning_efficient_init.deferred.trial import is_trial, stand_in
 from lightning_efficient_init.deferred.wording import empty_misuse
 from lightning_efficient_init.sharding import part_of
 
@@ -102,6 +103,8 @@ class _Kept:
 
     def reduce(self, protocol: Any) -> Any:
         """The ``__reduce_ex__`` of the tensor: for `copy.copy`, and for a pickle if somebody has written by now."""
+        if is_trial():
+            return stand_in()
         tensor = self._living()
         bare = _without_recipe(type(tensor).__reduce_ex__(tensor, protocol))
         return (_copy, (self, *bare)) if len(bare) == 2 and self._is_empty(tensor) else bare

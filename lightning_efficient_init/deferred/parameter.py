@@ -22,6 +22,7 @@ from lightning_efficient_init.deferred import recurrent
 from lightning_efficient_init.deferred.active import current
 from lightning_efficient_init.deferred.recipe import Op, Recipe, Ref, attach, living, recipe_of
 from lightning_efficient_init.deferred.replay import evaluate
+from lightning_efficient_init.deferred.trial import is_trial, stand_in
 from lightning_efficient_init.deferred.wording import misuse
 from lightning_efficient_init.errors import DeferredParameterError
 from lightning_efficient_init.garbage import collections_paused
@@ -130,6 +131,8 @@ class Guarded:
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if is_trial():
+            return stand_in()
         raise misuse(self, "saved or pickled")  # type: ignore[arg-type]
 
 

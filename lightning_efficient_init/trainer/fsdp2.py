@@ -77,6 +77,7 @@ class EfficientFSDP2Strategy(SizesMesh, LoadsParts, ModelParallelStrategy):
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
+        self.clean_hparams()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's step inside its forward, where FSDP2 has gathered what belongs to no block."""

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.parsing import clean_namespace
 
 from lightning_efficient_init.lightning_checkpoint import is_streamable, open_lightning_checkpoint
 from lightning_efficient_init.load.replicas import agreed
@@ -25,6 +27,16 @@ class RecordsModules(ShardsModules, Strategy):
         context = sharded_init_context(self.root_device, empty=bool(empty_init))
         with self.precision_plugin.tensor_init_context(), context:
             yield
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Shard the module, and make the optimizers."""
+        super().setup(trainer)
+        self.clean_hparams()
+
+    def clean_hparams(self) -> None:
+        """Leave out what a checkpoint cannot hold: modules among the hyperparameters, once they have been sharded."""
+        assert self.lightning_module is not None
+        clean_namespace(self.lightning_module.hparams)
 
     def _open(self, path: _PATH, weights_only: bool | None) -> dict[str, Any]:
         """The checkpoint, with weights and optimizer states as lazy tensors."""

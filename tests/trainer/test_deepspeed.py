@@ -154,6 +154,29 @@ def test_training_goes_on_after_a_resume_as_without(tmp_path, accelerator):
         assert found == same_losses(losses[len(losses) // 2 :], accelerator)
 
 
+class Wraps(Plain):
+    def __init__(self, net):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = net
+
+
+def _fit_with_a_module_among_hparams(rank, world_size, path):
+    trainer, _ = trainer_of(world_size, rank)
+    with trainer.init_module():
+        model = Wraps(Plain().net)
+    trainer.fit(model, loader())
+    trainer.save_checkpoint(path)
+    return list(model.hparams)
+
+
+def test_a_module_among_the_hyperparameters_is_left_out_of_the_checkpoint(tmp_path):
+    (hparams,) = run_ranks(_fit_with_a_module_among_hparams, 1, 1, tmp_path / "a.ckpt")
+    assert "width" in hparams
+    assert "net" not in hparams
+    assert (tmp_path / "a.ckpt").exists()
+
+
 def _configured(rank, world_size, path):
     trainer, watches = trainer_of(world_size, rank)
     model = Configured(24, pretrained=path)

@@ -6,6 +6,7 @@ import functools
 import gc
 import logging
 import math
+import warnings
 import weakref
 
 import lightning as L
@@ -256,6 +257,30 @@ def test_one_trainer_after_the_other_has_the_same_model(tmp_path, engine):
         assert_equal_states(validated, trained)
         assert not torch.equal(trained_on["embed.weight"], trained["embed.weight"])
         assert_equal_states(restored, trained)
+
+
+class Wraps(LitLM):
+    def __init__(self, net):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = net
+
+
+def _fit_with_a_module_among_hparams(rank, path, engine):
+    trainer = trainer_of(f"efficient_init_{engine}")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = seeded(rank, trainer, lambda: Wraps(TinyLM()))
+        trainer.fit(model, data())
+    trainer.save_checkpoint(path)
+    return list(model.hparams), any("'net' removed from hparams" in str(warning.message) for warning in caught)
+
+
+@engines
+def test_hyperparameters_that_sharding_makes_unfit_for_a_checkpoint_are_left_out_of_it_with_a_warning(tmp_path, engine):
+    found = run_ranks(_fit_with_a_module_among_hparams, 2, tmp_path / "a.ckpt", engine)
+    assert found == [(["width"], True), (["width"], False)]
+    assert (tmp_path / "a.ckpt").exists()
 
 
 class SavesFirstEpoch(L.Callback):

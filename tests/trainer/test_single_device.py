@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.utilities.parsing import clean_namespace
 from lightning_models import ADVICE, Regression, assert_equal_states, loader, quiet_trainer
 
 from lightning_efficient_init import EfficientInit, load_checkpoint, uninitialized_parameters
-from lightning_efficient_init.deferred import UninitializedParameterWarning
+from lightning_efficient_init.deferred import UninitializedParameterWarning, deferred_init
 from lightning_efficient_init.errors import CheckpointReadError, DeferredParameterError, UnsupportedCheckpointError
 from lightning_efficient_init.trainer import EfficientSingleDeviceStrategy
 
@@ -224,6 +227,51 @@ def test_what_nobody_loads_is_initialized_when_training_starts(strategy):
         trainer.validate(model, loader(), verbose=False)
     torch.manual_seed(8)
     assert_equal_states(dict(model.named_parameters()), dict(Regression().named_parameters()))
+
+
+class Wraps(L.LightningModule):
+    def __init__(self, net):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = net
+
+    def training_step(self, batch, _):
+        return self.net(batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+with_a_module_among_hparams = pytest.mark.filterwarnings("ignore:.*is an instance of `nn.Module`")
+
+
+@with_a_module_among_hparams
+@pytest.mark.filterwarnings("ignore::lightning_efficient_init.deferred.UninitializedParameterWarning")
+@pytest.mark.parametrize("strategy", ["auto", "efficient_init"])
+def test_a_module_that_is_empty_when_fitting_starts_stays_among_the_hyperparameters(tmp_path, strategy):
+    trainer = our_trainer(strategy=strategy)
+    with trainer.init_module(empty_init=True):
+        model = Wraps(torch.nn.Linear(8, 2))
+    with pytest.raises(DeferredParameterError, match="is empty"):
+        pickle.dumps(model.hparams)
+    trainer.fit(model, loader())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    found = Wraps.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=False)
+    assert_equal_states(found.state_dict(), model.state_dict())
+    assert_equal_states(found.hparams["net"].state_dict(), model.net.state_dict())
+
+
+@with_a_module_among_hparams
+def test_a_deferred_module_stays_among_the_hyperparameters_and_what_cannot_be_pickled_does_not():
+    with deferred_init():
+        model = Wraps(torch.nn.Linear(8, 2))
+    model.hparams["again"] = [model.net.weight, {"bias": model.net.bias}]
+    model.hparams["code"] = lambda: model.net
+    with pytest.warns(UserWarning, match="'code' removed from hparams"):
+        clean_namespace(model.hparams)
+    assert list(model.hparams) == ["net", "again"]
+    with pytest.raises(DeferredParameterError, match="saved or pickled"):
+        pickle.dumps(model.hparams)
 
 
 def test_loading_between_init_and_fit_does_not_warn(checkpoint):
