@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
@@ -11,7 +11,6 @@ import torch
 from lightning.fabric.plugins import precision as fabric_precision
 from lightning.fabric.plugins.precision.utils import _DtypeContextManager
 from lightning.pytorch.plugins import precision as trainer_precision
-from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
@@ -157,17 +156,23 @@ class EfficientInit(trainer_precision.Precision):
         """See Lightning's plugin."""
         return self._stock.convert_output(data)
 
-    def pre_backward(self, tensor: Tensor, module: Any) -> Any:
-        """See Lightning's plugin."""
-        return self._stock.pre_backward(tensor, module)
+    # These three are the other plugin's own methods: Fabric refuses ``loss.backward()`` where a precision plugin has
+    # others than the base class.
 
-    def backward(self, tensor: Tensor, model: Any, *args: Any, **kwargs: Any) -> None:
+    @property
+    def pre_backward(self) -> Callable[..., Any]:
+        """See Lightning's plugin."""
+        return self._stock.pre_backward  # type: ignore[no-any-return]
+
+    @property
+    def backward(self) -> Callable[..., None]:
         """See Lightning's plugin; the Trainer passes the optimizer after the model."""
-        self._stock.backward(tensor, model, *args, **kwargs)
+        return self._stock.backward  # type: ignore[no-any-return]
 
-    def post_backward(self, tensor: Tensor, module: Any) -> Any:
+    @property
+    def post_backward(self) -> Callable[..., Any]:
         """See Lightning's plugin."""
-        return self._stock.post_backward(tensor, module)
+        return self._stock.post_backward  # type: ignore[no-any-return]
 
     def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         """See Lightning's plugin; the Trainer passes the model and a closure."""

@@ -56,6 +56,29 @@ def test_fabric_trains_exactly_as_with_lightnings_own_plugin(precision, accelera
     assert_states_match_up_to_kept_buffers(results[0][1], results[1][1])
 
 
+def backward_of_the_loss(fabric, x):
+    """Train one step without ``fabric.backward``."""
+    with fabric.init_module():
+        model = Regression()
+    model = fabric.setup(model)
+    model(x).float().square().mean().backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("strategy", ["auto", "efficient_init"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_loss_has_a_backward_of_its_own_where_it_has_one_with_lightnings_plugin(precision, strategy):
+    ours = L.Fabric(accelerator="cpu", devices=1, strategy=strategy, plugins=[EfficientInit(precision)])
+    (x,) = next(iter(loader()))
+    if precision.endswith("mixed"):
+        plugin = L.fabric.plugins.precision.MixedPrecision(precision, "cpu")
+        for fabric in (ours, L.Fabric(accelerator="cpu", devices=1, plugins=[plugin])):
+            with pytest.raises(RuntimeError, match=r"requires you to call `fabric\.backward"):
+                backward_of_the_loss(fabric, x)
+    else:
+        assert all(gradient is not None for gradient in backward_of_the_loss(ours, x))
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("strategy", ["auto", "efficient_init"])
 def test_the_trainer_trains_exactly_as_with_lightnings_own_plugin(precision, strategy, accelerator):
