@@ -14,6 +14,7 @@ from lightning.pytorch.plugins import precision as trainer_precision
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from lightning_efficient_init.compiled import look_if_compiled
 from lightning_efficient_init.deferred import watch
 from lightning_efficient_init.init_context import init_context, is_building_modules, is_empty_requested
 from lightning_efficient_init.quantize import QuantizeMode, Quantizer
@@ -145,7 +146,8 @@ class EfficientInit(trainer_precision.Precision):
         return str(getattr(self._delegate, "device", torch.get_default_device().type))
 
     def forward_context(self) -> AbstractContextManager[None]:
-        """See Lightning's plugin."""
+        """See Lightning's plugin; a compiled module is looked at before its first step."""
+        look_if_compiled(None if self._module is None else self._module())
         return self._stock.forward_context()  # type: ignore[no-any-return]
 
     def convert_input(self, data: Any) -> Any:

@@ -36,7 +36,7 @@ from lightning_efficient_init.deferred.record import (
     postponed_init,
     recording,
 )
-from lightning_efficient_init.deferred.watch import UninitializedParameterWarning, watch
+from lightning_efficient_init.deferred.watch import UninitializedParameterWarning, look, watch
 
 __all__ = [
     "UninitializedParameterWarning",
@@ -57,6 +57,7 @@ __all__ = [
     "keep_recipes",
     "know_mode",
     "layerwise_init",
+    "look",
     "materialize",
     "move_whole",
     "named_tensors",

@@ -39,6 +39,12 @@ def watch(model: torch.nn.Module) -> None:
         module._state_dict_pre_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]  # before FSDP's
 
 
+def look(model: torch.nn.Module) -> None:
+    """Take the first use of a watched model to be now, where nobody else may run its hooks."""
+    for hook in [hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _Watch)]:
+        hook(model)
+
+
 class _Watch:
     """The hook of all modules of a watched model.
 

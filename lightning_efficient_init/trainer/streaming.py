@@ -12,6 +12,7 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 
+from lightning_efficient_init.compiled import look_if_compiled
 from lightning_efficient_init.deferred import watch
 from lightning_efficient_init.init_context import init_context
 from lightning_efficient_init.lightning_checkpoint import is_streamable, open_lightning_checkpoint
@@ -37,6 +38,12 @@ class StreamsCheckpoints(Strategy):
         assert self.model is not None
         watch(self.model)
         super().setup(trainer)
+
+    def on_train_start(self) -> None:
+        """Look at a compiled module, whichever precision plugin there is."""
+        look_if_compiled(self.lightning_module)
+
+    on_validation_start = on_test_start = on_predict_start = on_train_start
 
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         """The checkpoint, with weights and optimizer states as lazy tensors; a URL is left to Lightning."""

@@ -274,6 +274,42 @@ def test_a_deferred_module_stays_among_the_hyperparameters_and_what_cannot_be_pi
         pickle.dumps(model.hparams)
 
 
+class Compilable(Regression):
+    def training_step(self, batch, _):
+        return self(batch[0]).square().mean()
+
+    validation_step = training_step
+
+
+@pytest.fixture
+def compiling():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler, about its own code
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+@pytest.mark.parametrize(
+    ("strategy", "plugins"),
+    [("auto", [EfficientInit()]), ("efficient_init", [EfficientInit()]), ("efficient_init", None)],
+)
+def test_what_nobody_loads_is_initialized_also_where_the_class_has_been_compiled_before(
+    compiling, stage, strategy, plugins
+):
+    states = []
+    for empty in (False, True):
+        trainer = quiet_trainer(strategy=strategy, plugins=plugins)
+        torch.manual_seed(8)
+        with trainer.init_module(empty_init=empty):
+            model = Compilable()
+        expectation = pytest.warns(UninitializedParameterWarning) if empty else contextlib.nullcontext()
+        with expectation:
+            getattr(trainer, stage)(torch.compile(model, backend="eager"), loader())
+        states.append(dict(model.named_parameters()))
+    assert_equal_states(*states)
+
+
 def test_loading_between_init_and_fit_does_not_warn(checkpoint):
     trainer = our_trainer("bf16-true")
     with trainer.init_module(empty_init=True):
