@@ -78,7 +78,7 @@ def _find_key(tree: Any, path: str) -> str | None:
         return _LIGHTNING
     others = [(key, value) for key, value in tree.items() if not isinstance(value, Entry)]
     keys = [key for key, value in others if isinstance(key, str) and not _is_extra(key) and holds_weights(value)]
-    if _is_loadable(tree.get(_FABRIC)):
+    if _FABRIC in keys or (_is_loadable(tree.get(_FABRIC)) and (not keys or _is_mostly_tensors(tree[_FABRIC]))):
         return _FABRIC
     if len(keys) == 1:
         return keys[0]
@@ -109,6 +109,11 @@ def _is_loadable(value: Any) -> bool:
         return False
     others = [item for name, item in value.items() if not is_state(name, item)]
     return any(isinstance(item, Entry) for item in value.values()) and not holds_leaf(others, Entry)
+
+
+def _is_mostly_tensors(value: Mapping[str, Any]) -> bool:
+    """Whether it may be a state dict to which something was added, and no configuration with a tensor in it."""
+    return sum(isinstance(item, Entry) for item in value.values()) > len(value) / 2
 
 
 def _is_state_dict(value: Mapping[Any, Any]) -> bool:

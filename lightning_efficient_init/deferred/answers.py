@@ -188,7 +188,8 @@ def _whole(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[st
     with undisturbed():
         tensors = list(tensors_in(args, kwargs))
         has_meta = asks_for_meta(kwargs) or any(t.is_meta and recipe_of(t) is None for t in tensors)
-        if not (is_plain or has_meta or recorder.paused or kwargs.get("out") is not None):
+        has_grad = any(t.requires_grad and not t.is_meta for t in tensors)  # which is to be passed on
+        if not (is_plain or has_meta or has_grad or recorder.paused or kwargs.get("out") is not None):
             real_args, real_kwargs = values_of((args, kwargs))
             return recorder.tape.run_whole(func, args, kwargs, lambda: func(*real_args, **real_kwargs))
     return _as_it_is(recorder, func, args, kwargs)
@@ -332,14 +333,22 @@ def _real_index(index: Any) -> Any:
 
 
 def _with_real_lists(index: Any) -> Any:
-    if not isinstance(index, list | range) or any(True for _ in tensors_in(index)):
+    if not isinstance(index, list | tuple | range) or any(True for _ in tensors_in(index)):
         return index
-    numbers = torch.tensor(list(index), device=CPU)
-    return numbers if numbers.numel() else numbers.long()
+    try:
+        numbers = torch.tensor(list(index), device=CPU)
+    except (RuntimeError, TypeError, ValueError):
+        return index  # whatever it is
+    if not numbers.numel():
+        return numbers.long()
+    return index if numbers.is_floating_point() else numbers
 
 
 def _is_nested(index: Any) -> bool:
-    return isinstance(index, list) and any(isinstance(item, list | tuple) for item in index)
+    """Whether a list holds more than numbers; a long one is never looked at like that."""
+    others = (slice, type(None), type(...))
+    is_short = isinstance(index, list) and len(index) < 32
+    return is_short and any(isinstance(item, others) or hasattr(item, "__len__") for item in index)
 
 
 @cache

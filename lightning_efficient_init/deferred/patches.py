@@ -13,6 +13,7 @@ from lightning_efficient_init.deferred import recurrent
 from lightning_efficient_init.deferred.active import current
 from lightning_efficient_init.deferred.arguments import is_deferred
 from lightning_efficient_init.deferred.parameter import undisturbed
+from lightning_efficient_init.deferred.reach import named_tensors
 from lightning_efficient_init.deferred.recipe import recipe_of
 from lightning_efficient_init.deferred.wording import misuse
 from lightning_efficient_init.patching import ScopedPatch, patching
@@ -74,12 +75,12 @@ def _register(original: Callable[..., Any], module: torch.nn.Module, name: str, 
 
 
 def _script(original: Callable[..., Any], module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """TorchScript hands parameters to C++, where nobody can exchange them: they get their values now."""
+    """TorchScript hands tensors to C++, where nobody can exchange them: they get their values now."""
     recorder = current()
     if recorder is not None:
         with undisturbed():
-            for param in filter(is_deferred, module.parameters()):
-                recorder.bind(param, is_overwritten=False)
+            for tensor in [tensor for _, tensor in named_tensors(module) if is_deferred(tensor)]:
+                recorder.bind(tensor, is_overwritten=False)
     return original(module, *args, **kwargs)
 
 

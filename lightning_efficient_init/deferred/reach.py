@@ -6,6 +6,7 @@ dicts and optimizers. They compute all the same, and nothing of them may stay wi
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterator
 from operator import itemgetter
@@ -14,9 +15,11 @@ from typing import Any
 import torch
 from torch.nn import Module, Parameter
 
+from lightning_efficient_init.deferred.recipe import recipe_of
 from lightning_efficient_init.sharding import is_flat
 
 _CONTAINERS = frozenset({list, tuple, dict, OrderedDict, set, frozenset})
+_PLAIN = frozenset({int, float, bool, str, bytes, type(None)})
 _OF_ALL = frozenset(vars(Module()))  # attributes that every module has
 
 
@@ -35,23 +38,34 @@ def named_parameters(model: Module, *, remove_duplicate: bool = True) -> Iterato
 
 
 def hidden_parameters(model: Module) -> Iterator[tuple[str, Parameter]]:
-    """Parameters that belong to a model unregistered: in containers, and in modules there; each once, by its path."""
+    """Parameters that belong to a model unregistered: in containers, and in modules there; each once, by its path.
+
+    One that waits for a strategy to shard the model is none of these: that takes care of what is registered alone, and
+    an error tells of others when they are used.
+    """
     known: set[int] = set()
     waiting = [(path, module) for path, module in _modules("", model, known) if any(True for _ in _held(module))]
     if not waiting:
         return  # as nearly always, also where there are very many modules
     hidden: dict[int, tuple[str, Parameter]] = {}
+    seen: set[int] = set()
     for path, module in waiting:
-        for name, found in _found_in(path, module):
-            if isinstance(found, Parameter) and not is_flat(found):
+        for name, found in _found_in(path, module, seen):
+            if isinstance(found, Parameter):
                 hidden.setdefault(id(found), (name, found))
-            elif isinstance(found, Module):
+            elif isinstance(found, Module) and id(found) not in known and module not in found.modules():
                 fresh = list(_modules(name, found, known))
                 waiting += fresh
                 params = [(_join(below, n), p) for below, child in fresh for n, p in child._parameters.items()]
                 hidden = {id(p): (name, p) for name, p in params if p is not None} | hidden
     registered = {id(param) for param in model.parameters()} if hidden else set()
-    yield from (item for key, item in hidden.items() if key not in registered)
+    yield from (item for key, item in hidden.items() if key not in registered and not _is_strategys(item[1]))
+
+
+def _is_strategys(param: Parameter) -> bool:
+    """Whether a strategy has made it, or is going to."""
+    recipe = recipe_of(param) if param.is_meta else None
+    return is_flat(param) or (recipe is not None and recipe.is_postponed)
 
 
 def _modules(path: str, module: Module, known: set[int]) -> Iterator[tuple[str, Module]]:
@@ -75,23 +89,31 @@ def _held(module: Module) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _found_in(path: str, module: Module) -> Iterator[tuple[str, Module | torch.Tensor]]:
-    """Modules and tensors that a module has as plain attributes, or in containers that are."""
+def _found_in(path: str, module: Module, seen: set[int]) -> Iterator[tuple[str, Module | torch.Tensor]]:
+    """Modules and tensors that a module has as plain attributes, or in containers that are; but for those ``seen``."""
     for name, value in sorted(_held(module), key=itemgetter(0)):
+        is_taken = name in module._modules or name in module._parameters
+        place = _join(path, f"__dict__[{name!r}]" if is_taken else name)
         if isinstance(value, (Module, torch.Tensor)):
-            yield _join(path, name), value
+            yield place, value
         else:
-            yield from _contained(_join(path, name), value, frozenset())
+            yield from _contained(place, value, seen)
 
 
-def _contained(path: str, container: Any, around: frozenset[int]) -> Iterator[tuple[str, Module | torch.Tensor]]:
-    """Modules and tensors in a container, which is inside of those ``around``."""
-    around |= {id(container)}
-    for key, value in container.items() if isinstance(container, dict) else enumerate(container):
-        if isinstance(value, (Module, torch.Tensor)):
-            yield f"{path}[{key!r}]", value
-        elif type(value) in _CONTAINERS and value and id(value) not in around:
-            yield from _contained(f"{path}[{key!r}]", value, around)
+def _contained(path: str, container: Any, seen: set[int]) -> Iterator[tuple[str, Module | torch.Tensor]]:
+    """Modules and tensors in a container, and in containers in it that have not been ``seen``."""
+    waiting = [(path, container)]
+    while waiting:
+        path, container = waiting.pop()
+        values = container.values() if isinstance(container, dict) else container
+        if id(container) in seen or _PLAIN.issuperset(map(type, values)):
+            continue
+        seen.add(id(container))
+        for key, value in zip(container if isinstance(container, dict) else itertools.count(), values, strict=False):
+            if isinstance(value, (Module, torch.Tensor)):
+                yield f"{path}[{key!r}]", value
+            elif type(value) in _CONTAINERS and value:
+                waiting.append((f"{path}[{key!r}]", value))
 
 
 def _join(path: str, name: str) -> str:

@@ -49,6 +49,7 @@ def test_all_names_are_exported():
         (WEIGHTS | {"epoch": 3, "note": None, "config": {"sizes": [2]}}, None),
         ({"state_dict": WEIGHTS | {"epoch": 3}, "ema": WEIGHTS}, "state_dict"),
         ({"model": WEIGHTS | {"epoch": 3}, "ema": WEIGHTS, "loss": torch.tensor(3.0)}, "model"),
+        ({"model": {"name": "net", "scale": torch.tensor(3.0)}, "net": WEIGHTS}, "net"),
         ({"net": WEIGHTS, "loss": torch.tensor(3.0), "epoch": 3}, "net"),
         ({}, None),
         ({"state_dict": {}}, "state_dict"),

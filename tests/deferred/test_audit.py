@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -290,6 +291,38 @@ def test_parameters_that_are_not_registered_are_initialized_when_the_others_are_
     report = load_checkpoint(found, tmp_path / "m.pth")
     assert "teachers['first'][0].weight" in report.initialized
     assert torch.equal(found(torch.ones(1, 4)), expected(torch.ones(1, 4)))
+
+
+def test_a_module_that_is_found_twice_under_one_name_is_initialized_twice():
+    with empty_init():
+        model = nn.Module()
+        model.inner = nn.Linear(2, 2)
+        model.__dict__["inner"] = nn.Linear(2, 2)
+    assert initialize(model)[2:] == ["__dict__['inner'].weight", "__dict__['inner'].bias"]
+    assert model._modules["inner"].weight.abs().max() < 1
+    assert vars(model)["inner"].weight.abs().max() < 1
+
+
+def test_a_part_does_not_reach_its_whole():
+    with empty_init():
+        whole = nn.Module()
+        whole.part, whole.rest = nn.Linear(2, 2), nn.Linear(2, 2)
+        whole.part.owner = [whole]
+    initialize(whole.part)
+    assert uninitialized_parameters(whole) == ["rest.weight", "rest.bias"]
+
+
+def test_data_of_any_shape_may_be_an_attribute():
+    with empty_init():
+        model = nn.Linear(2, 2)
+        model.nodes = [{} for _ in range(3000)]
+        for node, other in itertools.pairwise(model.nodes):
+            node["next"], other["previous"] = other, node
+        model.graph = [[] for _ in range(30)]
+        for node in model.graph:
+            node.extend([*model.graph, 1, "a", None])
+        model.graph[0].append(nn.Parameter(torch.ones(2)))
+    assert uninitialized_parameters(model) == ["weight", "bias"]
 
 
 def test_plain_tensors_that_require_gradients_get_their_values_at_once():

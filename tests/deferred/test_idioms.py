@@ -148,7 +148,12 @@ def written_by_other_indices():
         data[[[0, 1], [2, 3]]] = 3.0
     data[([[4], [5]], [[0, 1]])] = 4.0
     data[[]] = 5.0
+    data[[True] * 3 + [False] * 4] = data[[-1] * 3]
     layer.picked = data[[np.int64(1)]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nested = [slice(0, 2), 1], [None, 0], [..., 0], [np.array([0, 1]), np.array([1, 2])], [(0, 1), (1, 2)]
+        layer.nested = [data[index] for index in nested]
     return layer
 
 
@@ -301,11 +306,20 @@ def test_an_idiom_is_the_same_if_some_parameters_stay_real(build, same_as_eager)
     same_as_eager(build, all_deferred=False)
 
 
+def test_functions_that_are_run_whole_pass_on_gradients_of_real_tensors():
+    with deferred_init():
+        x = torch.zeros(3, 3).requires_grad_()
+        torch.linalg.matrix_norm(x + torch.eye(3), 2).backward()
+    assert x.grad is not None
+
+
 @pytest.mark.parametrize("compiled", [torch.jit.script, lambda m: torch.jit.trace(m, torch.ones(1, 3))])
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_scripts_have_the_values_of_their_modules_and_can_be_loaded(compiled, tmp_path):
     def build():
-        return nn.Sequential(nn.Linear(3, 3), compiled(nn.Linear(3, 4)))
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
+        model[1].running_mean = torch.randn(4)
+        return nn.Sequential(nn.Linear(3, 3), compiled(model))
 
     torch.manual_seed(0)
     expected = build()

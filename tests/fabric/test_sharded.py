@@ -28,7 +28,12 @@ from torchmetrics import MeanMetric
 
 from lightning_efficient_init import EfficientInit, load_checkpoint, uninitialized_parameters
 from lightning_efficient_init.deferred import UninitializedParameterWarning
-from lightning_efficient_init.errors import CheckpointError, StateDictMismatchError, UnsupportedCheckpointError
+from lightning_efficient_init.errors import (
+    CheckpointError,
+    DeferredParameterError,
+    StateDictMismatchError,
+    UnsupportedCheckpointError,
+)
 from lightning_efficient_init.fabric import EfficientFSDP2Strategy, EfficientFSDPStrategy
 from lightning_efficient_init.memory import PeakMemory
 from lightning_efficient_init.sharding import part_of
@@ -632,6 +637,40 @@ def test_no_rank_ever_has_more_than_its_part_and_two_blocks(tmp_path, engine, is
 def test_what_is_in_no_block_is_there_no_more_than_twice_beside_what_is_sharded(tmp_path, engine, is_loaded):
     for peak_bytes in peaks(engine, BlocksAndHead, tmp_path / "a.pth" if is_loaded else None):
         assert peak_bytes <= 4 * BLOCK_BYTES + 2 * 2 * BLOCK_BYTES + (16 << 20)
+
+
+class KeepsMore(TinyLM):
+    """Has its parameters in a list as well, and a module that it does not register."""
+
+    def __init__(self):
+        super().__init__()
+        self.groups = [{"params": list(self.parameters()), "weight_decay": 0.1}]
+        self.teacher = [torch.nn.Linear(2, 2)]
+
+
+def _keep_more(rank, path, engine):
+    fabric = fabric_of(2, engine)
+    with fabric.init_module(empty_init=True):
+        model = KeepsMore()
+    groups, teacher = model.groups, model.teacher[0]
+    fabric.load_raw(path / "teacher.pth", teacher)
+    fabric.load_raw(path / "a.pth", model)
+    model = fabric.setup(model)
+    model(tokens())
+    with pytest.raises(DeferredParameterError, match="deferred"):
+        teacher(torch.ones(1, 2))
+    own = set(map(id, model.parameters()))  # under FSDP those in the list, under FSDP2 others
+    return all(param.is_meta or id(param) in own for param in groups[0]["params"]), whole_state(model._forward_module)
+
+
+@engines
+def test_what_is_not_registered_is_left_alone_and_says_so(tmp_path, engine):
+    expected = eager_model(7)
+    torch.save(expected.state_dict(), tmp_path / "a.pth")
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "teacher.pth")
+    for is_left_alone, state in run_ranks(_keep_more, 2, tmp_path, engine):
+        assert is_left_alone
+        assert_equal_states(state, whole_state(expected))
 
 
 def _uninitialized(rank, engine):
