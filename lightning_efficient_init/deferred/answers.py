@@ -503,7 +503,5 @@ _ANSWERS |= dict.fromkeys((_T.apply_, _T.map_, _T.map2_), _by_element)
 _RUNNING: dict[Any, tuple[int, int]] = {torch.batch_norm: (3, 4), torch.instance_norm: (3, 4)}
 _RUNNING |= {functional.batch_norm: (1, 2), functional.instance_norm: (1, 2)}
 _RUNNING_NAMES = ("running_mean", "running_var")
-_ON_REAL_TOO = {
-    *(_looks_at_devices, _chooses_by_device, _set_data, _numpy, _address, _to_like),
-    *(_whole, _by_element, _backward),
-}
+_ON_REAL_TOO = {_looks_at_devices, _chooses_by_device, _set_data, _numpy, _address, _to_like}
+_ON_REAL_TOO |= {_whole, _by_element, _backward}

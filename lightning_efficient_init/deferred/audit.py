@@ -8,7 +8,7 @@ copied in a way that nobody could follow.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 import torch
 
@@ -20,9 +20,14 @@ from lightning_efficient_init.errors import DeferredParameterError, shorten
 from lightning_efficient_init.sharding import part_of
 
 
-def allocate(groups: dict[Recipe, list[torch.Tensor]]) -> None:
-    """Give deferred tensors, by recipe, memory with a canary, or values if they were loaded or cannot hold one."""
-    valued = {r for r, tensors in groups.items() if r.is_loaded or not all(_can_be_empty(t) for t in tensors)}
+def allocate(groups: dict[Recipe, list[torch.Tensor]], bare: Set[Recipe] = frozenset()) -> None:
+    """Give deferred tensors memory with a canary; or values, if they were loaded or cannot hold one.
+
+    Args:
+        groups: The tensors, by recipe.
+        bare: Recipes of those that get values in any case.
+    """
+    valued = bare | {r for r, tensors in groups.items() if r.is_loaded or not all(_can_be_empty(t) for t in tensors)}
     evaluate(valued, deliver=lambda recipe, storage: parameter.give_memory(groups[recipe], storage))
     empty = {recipe: _allocate_empty(recipe, groups[recipe]) for recipe in groups if recipe not in valued}
     canary.write(kept.memory_of(tensor) for tensors in empty.values() for tensor in tensors)

@@ -265,10 +265,8 @@ class Recorder:
         What no module has registered, and no checkpoint can reach by a name, gets its values as well.
         """
         groups = self._waiting()
-        bare = {recipe: tensors for recipe, tensors in groups.items() if not _may_be_registered(recipe, tensors)}
         with self._flattening():
-            audit.allocate({recipe: tensors for recipe, tensors in groups.items() if recipe not in bare})
-            evaluate(bare, deliver=lambda recipe, storage: parameter.give_memory(bare[recipe], storage))
+            audit.allocate(groups, {r for r, tensors in groups.items() if not _may_be_registered(r, tensors)})
 
     @parameter.undisturbed()
     def materialize(self) -> None:

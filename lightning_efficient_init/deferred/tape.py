@@ -111,13 +111,12 @@ class Tape:
 
     def run(self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run for real, and write it down as long as all it depends on is written down."""
-        op_args, op_kwargs, reads = template(args, kwargs)
-        out = traits.func(*args, **kwargs)
-        self._write_real(Op(traits.func, op_args, op_kwargs, CPU), reads, args, kwargs, out)
-        return out
+        return self.run_whole(traits.func, args, kwargs, lambda: traits.func(*args, **kwargs))
 
-    def run_whole(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], call: Any) -> Any:
-        """Run ``call``, a Python function for ``func`` of these arguments, and write it down as one operation."""
+    def run_whole(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], call: Callable[[], Any]
+    ) -> Any:
+        """Run ``func`` by ``call``, and write it down as one operation, an operator or a Python function."""
         op_args, op_kwargs, reads = template(args, kwargs)
         out = call()
         self._write_real(Op(func, op_args, op_kwargs, CPU), reads, args, kwargs, out)
