@@ -12,7 +12,7 @@ from typing import Any, Final
 from lightning_efficient_init.checkpoint import CheckpointTree, Entry, Weights, index_tree, map_leaves, weights_of
 from lightning_efficient_init.checkpoint.weights import holds_weights, is_state
 from lightning_efficient_init.errors import CheckpointError
-from lightning_efficient_init.load.extents import num_unique_bytes
+from lightning_efficient_init.load.extents import extents_of, num_unique_bytes
 
 _HYPERPARAMETERS: Final = ("hyper_parameters", "datamodule_hyper_parameters")
 _MAX_CONFIG_BYTES: Final = 1 << 20
@@ -37,7 +37,7 @@ class Part:
     @property
     def num_bytes(self) -> int:
         """Bytes of the files that its tensors cover; what several of them share counts once."""
-        return num_unique_bytes(self.tensors.values())
+        return num_unique_bytes(extents_of(self.tensors.values()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,8 +104,9 @@ def empty_copies(tensors: Iterable[torch.Tensor], members: Iterable[torch.Tensor
     """
     with parameter.undisturbed():
         tensors = list(tensors)
-        own = set(map(id, (*tensors, *members)))
-        copies = {id(copy): copy for t in tensors for copy in kept.copies_of(t) if id(copy) not in own}
+        copies = {id(copy): copy for tensor in tensors for copy in kept.copies_of(tensor)}
+        own = set(map(id, (*tensors, *members))) if copies else set()
+        copies = {key: copy for key, copy in copies.items() if key not in own}
         found = [(copy, memory) for copy in copies.values() if (memory := _marked(copy)) is not None]
         shares = canary.intact([memory for _, memory in found])
     return [copy for (copy, _), share in zip(found, shares, strict=True) if share == 1]

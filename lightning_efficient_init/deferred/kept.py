@@ -56,8 +56,9 @@ def window_of(tensor: torch.Tensor) -> Ref:
 def copies_of(tensor: torch.Tensor) -> list[torch.Tensor]:
     """Deep copies of ``tensor``, and theirs, that were made while it was empty, live, and keep their recipe."""
     kept = tensor.__dict__.get(_RECIPE)
-    copies = [] if kept is None else living(kept.copies)
-    return [made for made in copies if recipe_of_empty(made) is not None]
+    if kept is None or not kept.copies:
+        return []
+    return [made for made in living(kept.copies) if recipe_of_empty(made) is not None]
 
 
 def memory_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,12 @@ def has_recipe(tensor: torch.Tensor) -> bool:
     return is_deferred(tensor) or kept.recipe_of_empty(tensor) is not None
 
 
+def have_recipes(tensors: Iterable[torch.Tensor]) -> bool:
+    """`has_recipe`, of any of what may be 100,000."""
+    with torch._C.DisableTorchFunction():
+        return any(kept.recipe_of_empty(t) is not None or (t.is_meta and recipe_of(t) is not None) for t in tensors)
+
+
 def is_postponed(tensor: torch.Tensor) -> bool:
     """Whether ``tensor`` is deferred until a strategy has sharded its module."""
     with torch._C.DisableTorchFunction():

@@ -35,7 +35,7 @@ from lightning_efficient_init.sharding import (
     shown_whole,
     stand_ins,
 )
-from lightning_efficient_init.sinks import is_direct, obstacle, shape_of
+from lightning_efficient_init.sinks import Segment, is_direct, obstacle, shape_of
 
 Shape = tuple[int, ...]
 
@@ -50,8 +50,8 @@ class Binding:
         module: The module.
         tensors: The model's name for a tensor to that tensor, for all that a state dict of the model holds.
         entries: Name to the entry that fills the tensor.
-        direct: Those names of ``entries`` whose bytes go straight to the tensor's memory (`is_direct`), as they were
-            when they were bound.
+        direct: What fills those of ``entries`` whose bytes go straight to the tensor's memory (`is_direct`), which is
+            where it was when they were bound.
         values: Name to a tensor in memory that is copied into the model's.
         calls: What is left to do afterwards: extra states, hooks, modules that load by code of their own.
         loaded_by_calls: Names of tensors that the calls are to write.
@@ -65,7 +65,7 @@ class Binding:
     module: Module
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     entries: dict[str, Entry] = field(default_factory=dict)
-    direct: set[str] = field(default_factory=set)
+    direct: dict[str, Segment] = field(default_factory=dict)
     values: dict[str, torch.Tensor] = field(default_factory=dict)
     calls: list[Callable[[], object]] = field(default_factory=list)
     loaded_by_calls: list[str] = field(default_factory=list)
@@ -226,8 +226,8 @@ def _bind_by_name(tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any],
         if value is binding:  # which is no value
             binding.missing.append(name)
         elif type(value) is Entry and value.shape == tensor.shape and is_direct(tensor, value):
-            entries[name] = value  # as nearly always, often very many
-            direct.add(name)
+            entries[name] = value  # as nearly always, often very many: all that there is to ask the tensor is asked now
+            direct[name] = Segment(value.file, value.offset, value.dtype, tensor, name)
         else:
             _offer(binding, name, tensor, value)
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import TypeAlias
 
 from lightning_efficient_init.checkpoint import Entry
 from lightning_efficient_init.checkpoint.entry import layout_of
@@ -24,7 +25,10 @@ from lightning_efficient_init.sinks import Segment
 
 PAGE_BYTES = 4096
 
+Extent: TypeAlias = tuple[str, int, int]  # file, position of the first byte, number of bytes
+
 _BY_POSITION = attrgetter("file", "offset")
+_BY_OFFSET = attrgetter("offset")  # in half the time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,7 +63,8 @@ class _Run:
 
 def plan_reads(segments: Sequence[Segment], max_read_bytes: int) -> list[Read]:
     """Cut the extents of ``segments`` into reads of at most ``max_read_bytes`` (a multiple of the page size)."""
-    ordered = sorted(segments, key=_BY_POSITION)
+    is_one_file = len({segment.file for segment in segments}) == 1
+    ordered = sorted(segments, key=_BY_OFFSET if is_one_file else _BY_POSITION)
     rows = [s for s in ordered if s.row_bytes]
     runs = [s for s in ordered if not s.row_bytes] if rows else ordered
     reads = [read for run in _runs(runs) for read in _cut(run, max_read_bytes)]
@@ -67,12 +72,16 @@ def plan_reads(segments: Sequence[Segment], max_read_bytes: int) -> list[Read]:
     return sorted(reads, key=_BY_POSITION) if rows else reads
 
 
-def num_unique_bytes(entries: Iterable[Entry]) -> int:
-    """Bytes of the files that the entries cover, bytes that several of them share counted once."""
-    total, last_file, end = 0, "", 0
+def extents_of(entries: Iterable[Entry]) -> list[Extent]:
+    """Where in the files the entries are."""
     pieces: Sequence[Entry] = [piece for entry in entries for piece in (entry.pieces if entry.chunks else (entry,))]
     # as `Entry.extent_bytes`, without a call for each of what may be 100,000
-    extents = [(e.file, e.offset, layout_of(e.shape, e.stride).extent * e.dtype.itemsize) for e in pieces]
+    return [(e.file, e.offset, layout_of(e.shape, e.stride).extent * e.dtype.itemsize) for e in pieces]
+
+
+def num_unique_bytes(extents: Iterable[Extent]) -> int:
+    """Bytes of the files that the extents cover, bytes that several of them share counted once."""
+    total, last_file, end = 0, "", 0
     for file, offset, num_bytes in sorted(extents):
         if file != last_file:
             last_file, end = file, 0

@@ -18,6 +18,7 @@ from lightning_efficient_init.deferred import (
     eager,
     forget,
     has_recipe,
+    have_recipes,
     hidden_parameters,
     initialize,
     undisturbed,
@@ -27,7 +28,7 @@ from lightning_efficient_init.garbage import collections_paused
 from lightning_efficient_init.load.bind import Binding, named_state
 from lightning_efficient_init.load.keys import KeyMap
 from lightning_efficient_init.load.mapping import map_entries
-from lightning_efficient_init.load.order import Write, order_writes
+from lightning_efficient_init.load.order import Writes, order_writes
 from lightning_efficient_init.load.pipeline import Batch, Settings, Transfer
 from lightning_efficient_init.load.plan import LoadPlan, plan_load
 from lightning_efficient_init.load.postponed import must_wait, postpone
@@ -35,7 +36,7 @@ from lightning_efficient_init.load.replicas import Replicas, Round, agreed, repl
 from lightning_efficient_init.load.report import LoadReport, Meter
 from lightning_efficient_init.quantize import QuantizedParameter, parts_of
 from lightning_efficient_init.sharding import copies_of, is_engine, part_of, refresh, refresh_engine
-from lightning_efficient_init.sinks import Segment, Sink, sinks_again, sinks_for
+from lightning_efficient_init.sinks import Sink, sinks_again, sinks_for
 
 BATCH_BYTES = 48 << 20  # of scratch memory
 
@@ -119,7 +120,7 @@ def run_plan(
     model = plan.binding.module
     devices = {tensor.device for tensor in plan.binding.tensors.values()}
     planned_bytes = plan.num_bytes
-    is_recorded = any(map(has_recipe, plan.binding.tensors.values()))
+    is_recorded = have_recipes(plan.binding.tensors.values())
     with Meter(planned_bytes, devices, progress) as meter:
         loaded = _write(model, plan.binding, settings, meter, mmap=mmap, replicas=replicas)
         num_bytes = planned_bytes if replicas is None else replicas.num_bytes_read(planned_bytes)
@@ -148,16 +149,15 @@ def _write(
     with undisturbed():
         tensors = _with_memory(model, binding, names)
         writes = order_writes(tensors, binding)
-        all_writes = [write for wave in writes.waves for write in wave]
         if mmap:
-            map_entries(model, all_writes)
+            map_entries(model, {name: (tensors[name], binding.entries[name]) for name in writes.names()})
         else:
-            sharing = replicas and replicas.confirm([_work(writes.waves), settings])
+            sharing = replicas and replicas.confirm([_work(writes), settings])
             written: list[str] = []
             for wave in writes.waves:
-                _stream_wave(wave, settings, meter, sharing, written)
-        _note_writes([write.tensor for write in all_writes])
-        refresh(write.tensor for write in all_writes if write.part is not None)
+                _stream_wave(writes, wave, settings, meter, sharing, written)
+        _note_writes([tensors[name] for name in writes.names()])
+        refresh(tensors[name] for name in writes.names() if name in writes.parts)
     with torch.inference_mode():  # which may write to inference tensors as well as to others
         for tensor, value in writes.values:
             _copy_value(tensor, value)
@@ -172,18 +172,25 @@ def _write(
 
 
 def _stream_wave(
-    wave: Sequence[Write], settings: Settings, meter: Meter, sharing: Replicas | None, written: list[str]
+    writes: Writes,
+    wave: Sequence[str],
+    settings: Settings,
+    meter: Meter,
+    sharing: Replicas | None,
+    written: list[str],
 ) -> None:
     """Fill tensors that have no memory in common, and add their names to ``written``."""
-    others = [write for write in wave if not write.is_direct]
-    sharded = [write for write in others if write.is_sharded]
-    whole = [write for write in wave if not write.is_sharded] if sharded else wave
-    copies = sharing and _copies([write.tensor for write in sharded], sharing)
+    tensors = writes.tensors
+    others = [name for name in wave if name not in writes.direct]
+    sharded = dict.fromkeys(writes.sharded(others))
+    whole = [name for name in wave if name not in sharded] if sharded else wave
+    copies = sharing and _copies([tensors[name] for name in sharded], sharing)
     with agreed(copies):
-        stream(_sinks(sharded), settings, meter, copies, written)
-    stream(_sinks(whole), settings, meter, sharing, written)
-    quantized = [(w.name, w.tensor, w.entry) for w in others if isinstance(w.tensor, QuantizedParameter)]
-    stream([sink for found in quantized for sink in sinks_again(*found)], settings, meter, sharing, written)
+        stream(_sinks(writes, sharded), settings, meter, copies, written)
+    stream(_sinks(writes, whole), settings, meter, sharing, written)
+    quantized = [(name, param) for name in others if isinstance(param := tensors[name], QuantizedParameter)]
+    again = [sink for name, param in quantized for sink in sinks_again(name, param, writes.entries[name])]
+    stream(again, settings, meter, sharing, written)
 
 
 def _copies(tensors: Sequence[torch.Tensor], replicas: Replicas) -> Replicas | None:
@@ -228,27 +235,28 @@ def _on_meta(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> list[
         return [name for name in names if tensors[name].is_meta]
 
 
-def _sinks(writes: Iterable[Write]) -> list[Sink]:
+def _sinks(writes: Writes, names: Iterable[str]) -> list[Sink]:
     sinks: list[Sink] = []
-    for write in writes:
-        name, tensor, entry = write.name, write.tensor, write.entry
-        if write.is_direct:  # as nearly all
-            sinks.append(Segment(entry.file, entry.offset, entry.dtype, tensor, name))
+    for name in names:
+        segment = writes.direct.get(name)
+        if segment is not None:  # as nearly always
+            sinks.append(segment)
         else:
-            sinks += sinks_for(name, tensor, entry, write.part)
+            sinks += sinks_for(name, writes.tensors[name], writes.entries[name], writes.parts.get(name))
     return sinks
 
 
-def _work(waves: Sequence[Sequence[Write]]) -> list[object]:
+def _work(writes: Writes) -> list[object]:
     """What loading is about to do, to be compared between ranks, whose devices have other numbers."""
     numbers: dict[torch.device, int] = {}
-    return [[_work_of(w, numbers.setdefault(w.tensor.device, len(numbers))) for w in wave] for wave in waves]
+    return [[_work_of(name, writes, numbers) for name in wave] for wave in writes.waves]
 
 
-def _work_of(write: Write, device_number: int) -> tuple[object, ...]:
-    tensor = write.tensor
+def _work_of(name: str, writes: Writes, numbers: dict[torch.device, int]) -> tuple[object, ...]:
+    tensor = writes.tensors[name]
+    device_number = numbers.setdefault(tensor.device, len(numbers))
     is_direct = tensor.layout is torch.strided and tensor.is_contiguous()
-    return write.name, tensor.dtype, tensor.device.type, device_number, is_direct, write.entry
+    return name, tensor.dtype, tensor.device.type, device_number, is_direct, writes.entries[name]
 
 
 def stream(
@@ -377,7 +385,8 @@ def _batches(sinks: Sequence[Sink], max_scratch: int) -> Iterator[tuple[list[Sin
 def _initialize_rest(model: Module, binding: Binding) -> tuple[str, ...]:
     """Run the initializers of parameters that nobody has written by now, also of those that a load hook forgave."""
     written = binding.entries.keys() | binding.values.keys()
-    waiting = (item for item in binding.tensors.items() if item[0] not in written)
-    if not any(has_recipe(tensor) for _, tensor in itertools.chain(waiting, hidden_parameters(model))):
+    waiting = (tensor for name, tensor in binding.tensors.items() if name not in written)
+    hidden = (tensor for _, tensor in hidden_parameters(model))
+    if not have_recipes(itertools.chain(waiting, hidden)):
         return ()
     return tuple(initialize(model))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from typing import TypeAlias
 
 import torch
 from torch.nn import Module
@@ -12,25 +13,26 @@ from torch.nn import Module
 from lightning_efficient_init.checkpoint import Entry
 from lightning_efficient_init.deferred import named_tensors
 from lightning_efficient_init.errors import CheckpointError, CheckpointReadError, CorruptCheckpointError
-from lightning_efficient_init.load.order import Write
 from lightning_efficient_init.sinks import PLAIN_TYPES
 
+_Writes: TypeAlias = Mapping[str, tuple[torch.Tensor, Entry]]
 
-def map_entries(model: Module, writes: Sequence[Write]) -> None:
+
+def map_entries(model: Module, writes: _Writes) -> None:
     """Let each tensor's memory be its entry's bytes in the file. The tensors keep their identity.
 
     Args:
         model: Whose tensors they are.
-        writes: The tensors, and the entry of each.
+        writes: Name to the tensor, and the entry for it.
 
     Raises:
         CheckpointError: A tensor cannot be a mapping; nothing has changed.
     """
     _refuse_unmappable(model, writes)
     mappings = _Mappings()
-    views = [_view(mappings.storage(write.name, write.entry), write.tensor, write.entry) for write in writes]
-    for write, view in zip(writes, views, strict=True):
-        write.tensor.data = view
+    views = [_view(mappings.storage(name, entry), tensor, entry) for name, (tensor, entry) in writes.items()]
+    for (tensor, _), view in zip(writes.values(), views, strict=True):
+        tensor.data = view
 
 
 class _Mappings:
@@ -95,8 +97,8 @@ def _view(storage: torch.UntypedStorage, tensor: torch.Tensor, entry: Entry) -> 
     return torch.empty(0, dtype=entry.dtype, device="cpu").set_(storage, first, tensor.shape, tensor.stride())
 
 
-def _refuse_unmappable(model: Module, writes: Sequence[Write]) -> None:
-    reasons = [f"\n  {w.name}: {reason}" for w in writes if (reason := _obstacle(w.tensor, w.entry))]
+def _refuse_unmappable(model: Module, writes: _Writes) -> None:
+    reasons = [f"\n  {name}: {reason}" for name, both in writes.items() if (reason := _obstacle(*both))]
     reasons = reasons or [f"\n  {name}: {other} shows its memory" for name, other in _shown_by_others(model, writes)]
     if reasons:
         raise CheckpointError(
@@ -105,10 +107,10 @@ def _refuse_unmappable(model: Module, writes: Sequence[Write]) -> None:
         )
 
 
-def _shown_by_others(model: Module, writes: Sequence[Write]) -> Iterator[tuple[str, str]]:
+def _shown_by_others(model: Module, writes: _Writes) -> Iterator[tuple[str, str]]:
     """Names of tensors whose memory another tensor of the model shows, which would be left behind; and its name."""
-    names = {write.tensor.untyped_storage()._cdata: write.name for write in writes}
-    written = {id(write.tensor) for write in writes}
+    names = {tensor.untyped_storage()._cdata: name for name, (tensor, _) in writes.items()}
+    written = {id(tensor) for tensor, _ in writes.values()}
     for name, tensor in named_tensors(model):
         if type(tensor) in PLAIN_TYPES and tensor.layout is torch.strided and id(tensor) not in written:
             owner = names.get(tensor.untyped_storage()._cdata)

@@ -7,7 +7,7 @@ counts. Here many threads copy at once, in the order of the file: what shares me
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,31 +16,7 @@ from lightning_efficient_init.checkpoint import Entry
 from lightning_efficient_init.checkpoint.entry import layout_of
 from lightning_efficient_init.load.bind import Binding
 from lightning_efficient_init.sharding import Part, part_of
-from lightning_efficient_init.sinks import PLAIN_TYPES
-
-
-@dataclass(slots=True, eq=False)  # not frozen: one for each tensor, made five times faster
-class Write:
-    """One tensor of the model and what is to be written to it.
-
-    Attributes:
-        name: The model's name for the tensor.
-        tensor: The tensor.
-        part: What this rank holds of it, if it has been taken apart; found out here, once.
-        entry: Where its value is in a file.
-        is_direct: Whether the entry's bytes go straight to the tensor's memory; False if nobody has looked.
-    """
-
-    name: str
-    tensor: torch.Tensor
-    part: Part | None
-    entry: Entry
-    is_direct: bool = False
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether other ranks hold parts of the tensor that this one lacks."""
-        return self.part is not None and not self.part.is_whole
+from lightning_efficient_init.sinks import PLAIN_TYPES, Segment
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,12 +24,30 @@ class Writes:
     """What is to be written, in which order: of several values for tied names only the last one.
 
     Attributes:
-        waves: What comes from files: all at once, but those that overlap an earlier tensor come after it, one by one.
+        tensors: The model's tensors by name, where they have their memory now.
+        entries: Name to where its value is in a file.
+        direct: What fills those of ``entries`` whose bytes go straight to the tensor's memory, as far as somebody has
+            looked.
+        parts: What this rank holds of tensors that have been taken apart; found out here, once.
+        waves: Names of what comes from files: all at once, but those that overlap an earlier tensor come after it, one
+            by one.
         values: Tensors, and the values in memory that are copied into them afterwards.
     """
 
-    waves: list[list[Write]]
+    tensors: Mapping[str, torch.Tensor]
+    entries: Mapping[str, Entry]
+    direct: Mapping[str, Segment]
+    parts: Mapping[str, Part]
+    waves: list[list[str]]
     values: list[tuple[torch.Tensor, torch.Tensor]]
+
+    def names(self) -> list[str]:
+        """All that comes from files."""
+        return [name for wave in self.waves for name in wave]
+
+    def sharded(self, names: Iterable[str]) -> list[str]:
+        """Those of ``names`` of whose tensors other ranks hold parts that this one lacks."""
+        return [name for name in names if (part := self.parts.get(name)) is not None and not part.is_whole]
 
 
 def order_writes(tensors: Mapping[str, torch.Tensor], binding: Binding) -> Writes:
@@ -64,24 +58,26 @@ def order_writes(tensors: Mapping[str, torch.Tensor], binding: Binding) -> Write
         binding: What is to be written to which of them.
     """
     entries, values = binding.entries, binding.values
+    direct = binding.direct if tensors is binding.tensors else {}
     names = [name for name in binding.tensors if name in entries or name in values]
-    if len({id(tensors[name]) for name in names}) < len(names):
+    others = [name for name in names if name not in direct]
+    if others and len({id(tensors[name]) for name in names}) < len(names):
         names = _last(names, lambda name: id(tensors[name]))
-    direct = binding.direct if tensors is binding.tensors else frozenset()
-    parts = {name: part for name in names if name not in direct and (part := part_of(tensors[name])) is not None}
+    parts = {name: part for name in others if (part := part_of(tensors[name])) is not None}
     late: set[str] = set()
     dropped: set[str] = set()
     for group in _overlapping(tensors, [name for name in names if name not in parts] if parts else names, direct):
-        first, *others = _last(group, lambda name: _memory_key(tensors[name]))
-        late.update(others)
-        dropped.update({*group} - {first, *others})
+        first, *later = _last(group, lambda name: _memory_key(tensors[name]))
+        late.update(later)
+        dropped.update({*group} - {first, *later})
     if dropped:
         names = [name for name in names if name not in dropped]
-    writes = [Write(n, tensors[n], parts.get(n), entries[n], n in direct) for n in names if n in entries]
-    waves = [writes]
+    read = [name for name in names if name in entries]
+    waves = [read]
     if late:
-        waves = [[write for write in writes if write.name not in late], *([w] for w in writes if w.name in late)]
-    return Writes(waves, [(tensors[name], values[name]) for name in names if name in values])
+        waves = [[name for name in read if name not in late], *([name] for name in read if name in late)]
+    copied = [(tensors[name], values[name]) for name in names if name in values]
+    return Writes(tensors, entries, direct, parts, waves, copied)
 
 
 def _last(names: Sequence[str], key: Callable[[str], object]) -> list[str]:
@@ -92,7 +88,9 @@ def _last(names: Sequence[str], key: Callable[[str], object]) -> list[str]:
     return [*reversed(last.values())]
 
 
-def _overlapping(tensors: Mapping[str, torch.Tensor], names: Sequence[str], direct: Set[str]) -> list[list[str]]:
+def _overlapping(
+    tensors: Mapping[str, torch.Tensor], names: Sequence[str], direct: Mapping[str, Segment]
+) -> list[list[str]]:
     """Groups of names whose memory has bytes in common, each group in the order of ``names``."""
     spans = sorted(_spans(tensors, names, direct))
     if all(before[1] <= after[0] for before, after in itertools.pairwise(spans)):
@@ -109,19 +107,20 @@ def _overlapping(tensors: Mapping[str, torch.Tensor], names: Sequence[str], dire
 
 
 def _spans(
-    tensors: Mapping[str, torch.Tensor], names: Sequence[str], direct: Set[str]
+    tensors: Mapping[str, torch.Tensor], names: Sequence[str], direct: Mapping[str, Segment]
 ) -> Iterator[tuple[int, int, int]]:
     """Addresses of the first byte of each and of the end of its last one, and its number; of those with own memory."""
     for at, name in enumerate(names):
-        tensor = tensors[name]
-        if name in direct:
-            num_bytes = tensor.nbytes
-        elif type(tensor) in PLAIN_TYPES and tensor.layout is torch.strided:
-            num_bytes = layout_of(tuple(tensor.shape), tensor.stride()).extent * tensor.itemsize
+        segment = direct.get(name)
+        if segment is not None:
+            start, end = segment.address, segment.end_address
+        elif type(tensor := tensors[name]) in PLAIN_TYPES and tensor.layout is torch.strided:
+            start = tensor.data_ptr()
+            end = start + layout_of(tuple(tensor.shape), tensor.stride()).extent * tensor.itemsize
         else:
             continue
-        if start := tensor.data_ptr():  # 0 on the meta device, and where nothing is
-            yield start, start + num_bytes, at
+        if start:  # 0 on the meta device, and where nothing is
+            yield start, end, at
 
 
 def _memory_key(tensor: torch.Tensor) -> object:

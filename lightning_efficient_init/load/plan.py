@@ -13,7 +13,7 @@ from lightning_efficient_init.checkpoint import CheckpointTree, Entry, index_tre
 from lightning_efficient_init.errors import StateDictMismatchError
 from lightning_efficient_init.garbage import collections_paused
 from lightning_efficient_init.load.bind import Binding, Shape, StateTree, bind
-from lightning_efficient_init.load.extents import num_unique_bytes
+from lightning_efficient_init.load.extents import extents_of, num_unique_bytes
 from lightning_efficient_init.load.keys import KeyMap, match_keys, rename_modules
 from lightning_efficient_init.sharding import is_engine, mark_parts, part_of
 
@@ -48,13 +48,16 @@ class LoadPlan:
 
         Of a tensor that is sharded, this rank's part counts.
         """
-        tensors, others = self.binding.tensors, self.entries.keys() - self.binding.direct
+        tensors, direct = self.binding.tensors, self.binding.direct
+        others = {name: entry for name, entry in self.entries.items() if name not in direct}
         parts = {name: part for name in others if (part := part_of(tensors[name])) and not part.is_whole}
-        whole = [entry for name, entry in self.entries.items() if name not in parts]
+        whole = [entry for name, entry in others.items() if name not in parts]
         num_part_bytes = {
-            id(tensors[name]): part.memory.numel() * self.entries[name].dtype.itemsize for name, part in parts.items()
+            id(tensors[name]): part.memory.numel() * others[name].dtype.itemsize for name, part in parts.items()
         }
-        return num_unique_bytes([*whole, *self.binding.read_by_calls]) + sum(num_part_bytes.values())
+        read = extents_of([*whole, *self.binding.read_by_calls])
+        read += [(segment.file, segment.offset, segment.num_bytes) for segment in direct.values()]
+        return num_unique_bytes(read) + sum(num_part_bytes.values())
 
 
 def plan_load(

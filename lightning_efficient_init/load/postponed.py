@@ -94,7 +94,7 @@ def _renewed(plan: LoadPlan) -> LoadPlan:
         binding,
         tensors={names[old]: now[strip_wrappers(old)][1] for old in binding.tensors},
         entries=_renamed(binding.entries, names),
-        direct=set(),
+        direct={},
         values=_renamed(binding.values, names),
         loaded_by_calls=[names[name] for name in binding.loaded_by_calls],
     )

@@ -28,7 +28,7 @@ def plain_sink(name: str, tensor: torch.Tensor, entry: Entry) -> Sink:
         tensor: The tensor to fill; on the meta device only to be asked what it needs.
         entry: What to fill it from; of the tensor's shape, or of one element for a scalar.
     """
-    if type(tensor) in PLAIN_TYPES and _is_dense(tensor) and _is_row_major(entry, tensor.dtype):
+    if type(tensor) in PLAIN_TYPES and _is_filled_by(tensor, entry):
         return Segment(entry.file, entry.offset, entry.dtype, tensor, name)
     return ScratchSink(name, tensor, entry)
 
@@ -82,19 +82,17 @@ def is_direct(tensor: torch.Tensor, entry: Entry) -> bool:
 
     Of equal shapes; asked for each of what may be 100,000.
     """
-    return is_unmarked(tensor) and _is_dense(tensor) and _is_row_major(entry, tensor.dtype)
+    return is_unmarked(tensor) and _is_filled_by(tensor, entry)
 
 
-def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the memory of ``tensor`` holds its elements as they are, in row-major order without gaps."""
+def _is_filled_by(tensor: torch.Tensor, entry: Entry) -> bool:
+    """Whether the memory of ``tensor`` holds its elements as they are, in row-major order, and so does the file."""
+    dtype = tensor.dtype
     return (
         tensor.layout is torch.strided
         and tensor.is_contiguous()
         and not tensor.is_neg()
-        and not (tensor.dtype in _COMPLEX and tensor.is_conj())
+        and not (dtype in _COMPLEX and tensor.is_conj())
+        and entry.is_contiguous
+        and (entry.dtype is dtype or entry.offset % entry.dtype.itemsize == 0)
     )
-
-
-def _is_row_major(entry: Entry, dtype: torch.dtype) -> bool:
-    """Whether the entry's bytes, cast to ``dtype``, are what the memory of a dense tensor holds."""
-    return entry.is_contiguous and (entry.dtype is dtype or entry.offset % entry.dtype.itemsize == 0)

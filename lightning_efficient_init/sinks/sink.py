@@ -35,7 +35,10 @@ class Segment:
         offset: Position of the first element in the file, in bytes.
         dtype: Element type in the file.
         memory: The tensor as it was given, in its own shape; of a part, what it is a part of.
+        device: The device of the memory.
+        is_raw: Whether file and memory hold the same bytes, so that nothing has to be cast.
         address: Of the memory's first byte.
+        end_address: Of the first byte after it.
         num_bytes: Bytes that the elements take in the file, without what is between runs.
         name: The model's name for the tensor.
         row_bytes: Bytes of each run, where there are several; else 0.
@@ -47,8 +50,11 @@ class Segment:
         "_dest_bytes",
         "_first",
         "address",
+        "device",
         "dtype",
+        "end_address",
         "file",
+        "is_raw",
         "memory",
         "name",
         "num_bytes",
@@ -73,8 +79,12 @@ class Segment:
         self.offset = offset
         self.dtype = dtype
         self.memory = dest
+        self.device = dest.device
+        self.is_raw = dtype is dest.dtype
         self.address = dest.data_ptr()
-        self.num_bytes = dest.numel() * dtype.itemsize
+        num_bytes = dest.nbytes
+        self.end_address = self.address + num_bytes
+        self.num_bytes = num_bytes if self.is_raw else dest.numel() * dtype.itemsize
         self.name = name
         self.row_bytes = row_bytes
         self.pitch_bytes = pitch_bytes
@@ -103,16 +113,6 @@ class Segment:
         """Number of elements."""
         return self.num_bytes // self.dtype.itemsize
 
-    @property
-    def device(self) -> torch.device:
-        """The device of the memory."""
-        return self.memory.device
-
-    @property
-    def is_raw(self) -> bool:
-        """Whether file and memory hold the same bytes, so that nothing has to be cast."""
-        return self.dtype is self.memory.dtype
-
     def segments(self) -> Sequence[Segment]:
         """Itself."""
         return (self,)
@@ -133,6 +133,7 @@ class Segment:
         part.num_bytes = num_bytes
         part._first = start // dtype.itemsize
         part.address += part._first * whole.itemsize
+        part.end_address = part.address + part.numel * whole.itemsize
         return part
 
 

@@ -8,7 +8,6 @@ from lightning_efficient_init import deferred_init, load_checkpoint
 from lightning_efficient_init.deferred import empty_init
 from lightning_efficient_init.errors import CheckpointError, CorruptCheckpointError
 from lightning_efficient_init.load.mapping import map_entries
-from lightning_efficient_init.load.order import order_writes
 from lightning_efficient_init.load.plan import plan_load
 from lightning_efficient_init.memory import anonymous_bytes
 
@@ -121,7 +120,7 @@ def test_a_file_that_shrank_after_planning_is_found_before_anything_changes(tmp_
     torch.save(make_net(1).state_dict(), tmp_path / "w.pt")
     model = make_net(2)
     plan = plan_load(model, tmp_path / "w.pt")
-    (writes,) = order_writes(plan.binding.tensors, plan.binding).waves
+    writes = {name: (plan.binding.tensors[name], entry) for name, entry in plan.entries.items()}
     with open(tmp_path / "w.pt", "r+b") as file:
         file.truncate(2000)
     with pytest.raises(CorruptCheckpointError, match="ends at 2000"):

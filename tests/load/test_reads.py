@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_efficient_init import load_checkpoint, plan_load
 from lightning_efficient_init.checkpoint import index_checkpoint
-from lightning_efficient_init.load.extents import PAGE_BYTES, num_unique_bytes, plan_reads
+from lightning_efficient_init.load.extents import PAGE_BYTES, extents_of, num_unique_bytes, plan_reads
 from lightning_efficient_init.load.pipeline import SLOT_BYTES
 from lightning_efficient_init.sinks import Segment, plain_sink
 
@@ -177,7 +177,7 @@ def test_bytes_that_several_entries_share_count_once(tmp_path):
     torch.save({"a": base, "b": base[10:20], "c": base[90:], "d": torch.randn(5), "e": base[:0]}, tmp_path / "w.pt")
     model = nn.ParameterDict({k: nn.Parameter(torch.empty_like(v)) for k, v in torch.load(tmp_path / "w.pt").items()})
     plan = plan_load(model, tmp_path / "w.pt")
-    assert plan.num_bytes == num_unique_bytes(plan.entries.values()) == 420
+    assert plan.num_bytes == num_unique_bytes(extents_of(plan.entries.values())) == 420
 
 
 BIG = """
