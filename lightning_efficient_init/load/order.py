@@ -58,7 +58,7 @@ def order_writes(tensors: Mapping[str, torch.Tensor], binding: Binding) -> Write
         binding: What is to be written to which of them.
     """
     entries, values = binding.entries, binding.values
-    direct = binding.direct if tensors is binding.tensors else {}
+    direct = _still_there(binding.direct) if tensors is binding.tensors else {}
     names = [name for name in binding.tensors if name in entries or name in values]
     others = [name for name in names if name not in direct]
     if others and len({id(tensors[name]) for name in names}) < len(names):
@@ -78,6 +78,12 @@ def order_writes(tensors: Mapping[str, torch.Tensor], binding: Binding) -> Write
         waves = [[name for name in read if name not in late], *([name] for name in read if name in late)]
     copied = [(tensors[name], values[name]) for name in names if name in values]
     return Writes(tensors, entries, direct, parts, waves, copied)
+
+
+def _still_there(direct: Mapping[str, Segment]) -> Mapping[str, Segment]:
+    """Those whose memory nobody has exchanged since, as loading code of modules may that are bound after others."""
+    moved = {name for name, segment in direct.items() if segment.address != segment.memory.data_ptr()}
+    return {name: segment for name, segment in direct.items() if name not in moved} if moved else direct
 
 
 def _last(names: Sequence[str], key: Callable[[str], object]) -> list[str]:
