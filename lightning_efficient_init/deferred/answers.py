@@ -6,6 +6,7 @@ For deferred tensors it answers itself what would give them away (``p.device``, 
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -31,9 +32,10 @@ from lightning_efficient_init.deferred.arguments import (
 )
 from lightning_efficient_init.deferred.dispatch import record_empty, record_fill, values_of
 from lightning_efficient_init.deferred.initializers import FILLS
-from lightning_efficient_init.deferred.parameter import check_copy, exchange, undisturbed, write_form
+from lightning_efficient_init.deferred.parameter import Guarded, check_copy, exchange, undisturbed, write_form
 from lightning_efficient_init.deferred.recipe import recipe_of
 from lightning_efficient_init.deferred.wording import refusal
+from lightning_efficient_init.errors import EfficientInitError
 
 if TYPE_CHECKING:
     from lightning_efficient_init.deferred.record import Recorder
@@ -56,12 +58,27 @@ class Answers(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         recorder = self._recorder
+        if types and torch._C._is_torch_function_enabled() and not all(map(_is_ours, types)):
+            return self._ask(func, types, args, kwargs)
         recorder.autocast = _autocast_devices()
         outer, recorder.call = recorder.call, (args, kwargs)
         try:
             return self._answer(func, args, kwargs)
         finally:
             recorder.call = outer
+
+    def _ask(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Leave it to classes of others, which have a say as in eager construction; what they call comes here again."""
+        with self:
+            for kind in itertools.filterfalse(_is_ours, types):
+                out = kind.__torch_function__(func, types, args, kwargs)
+                if out is not NotImplemented:
+                    break
+            else:
+                raise TypeError(f"no implementation of {_name(func)} for {', '.join(map(str, types))}")
+        with torch._C.DisableTorchFunction():
+            self._recorder.track(out)
+        return out
 
     def _answer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         answer = _ANSWERS.get(func)
@@ -72,12 +89,26 @@ class Answers(TorchFunctionMode):
         is_last, kwargs = _below(func, kwargs)
         if is_last and func is torch.empty and (made := record_empty(self._recorder, args, kwargs)) is not None:
             return made
-        with torch._C.DisableTorchFunction() if is_last else torch._C.DisableTorchFunctionSubclass():
-            out = func(*args, **kwargs)
-        if isinstance(out, _MAY_HOLD_TENSORS):
-            with torch._C.DisableTorchFunction():
-                self._recorder.track(out)
-        return out
+        try:
+            with torch._C.DisableTorchFunction() if is_last else torch._C.DisableTorchFunctionSubclass():
+                out = func(*args, **kwargs)
+        except RuntimeError as error:
+            if isinstance(error, EfficientInitError) or self._recorder.paused:
+                raise
+        else:
+            if isinstance(out, _MAY_HOLD_TENSORS):
+                with torch._C.DisableTorchFunction():
+                    self._recorder.track(out)
+            return out
+        with self._recorder.pausing(True):  # for want of memory, or of values; else it raises as in eager construction
+            return _looks_at_devices(self._recorder, func, args, kwargs)
+
+
+def _is_ours(kind: type) -> bool:
+    """Whether this is a class of tensors that does nothing of its own about functions, or does it here."""
+    if kind is torch.Tensor or issubclass(kind, Guarded):
+        return True
+    return kind.__torch_function__ is torch._C._disabled_torch_function_impl  # type: ignore[attr-defined]
 
 
 def _applicable(answer: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -156,7 +187,7 @@ def _on_values(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dic
 
 
 def _looks_at_devices(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``lstm`` and its kin look at devices before any operation reaches a kernel: they get real values."""
+    """``lstm`` and its kin look at devices, or into memory, before any operation reaches a kernel: they get values."""
     deferred = [t for t in tensors_in(args, kwargs) if is_deferred(t)]
     if not deferred:
         return func(*args, **kwargs)
@@ -184,7 +215,7 @@ def _whole(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[st
     They get real values, run unseen, and are written down as one operation.
     """
     _, kwargs = _below(func, kwargs)
-    is_plain = func is torch.linalg.norm and (args[1] if len(args) > 1 else kwargs.get("ord")) not in (2, -2, "nuc")
+    is_plain = func in _NORMS and (args[1] if len(args) > 1 else kwargs.get(_NORMS[func])) not in (2, -2, "nuc")
     with undisturbed():
         tensors = list(tensors_in(args, kwargs))
         has_meta = asks_for_meta(kwargs) or any(t.is_meta and recipe_of(t) is None for t in tensors)
@@ -193,6 +224,14 @@ def _whole(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[st
             real_args, real_kwargs = values_of((args, kwargs))
             return recorder.tape.run_whole(func, args, kwargs, lambda: func(*real_args, **real_kwargs))
     return _as_it_is(recorder, func, args, kwargs)
+
+
+def _matmul(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Of two batches, one of which is broadcast, `torch.matmul` makes one matrix while a dispatch mode is active."""
+    with torch._C.DisableTorchFunction():
+        shapes = [tensor.shape for tensor in tensors_in(args, kwargs)]
+        is_broadcast = [len(shape) for shape in shapes] == [3, 3] and shapes[0][0] != shapes[1][0]
+    return (_whole if is_broadcast else _as_it_is)(recorder, func, args, kwargs)
 
 
 def _as_it_is(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -479,6 +518,8 @@ _ANSWERS |= dict.fromkeys(FILLS, _initialize)
 _ANSWERS |= dict.fromkeys((torch.as_tensor, torch.asarray), _as_tensor)
 _ANSWERS |= dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _looks_at_devices)
 _ANSWERS[functional.multi_head_attention_forward] = _looks_at_devices
+_ANSWERS[functional.scaled_dot_product_attention] = _looks_at_devices
+_ANSWERS |= dict.fromkeys((torch.matmul, torch.linalg.matmul, _T.matmul, _T.__matmul__, _T.__rmatmul__), _matmul)
 _CHOOSING: tuple[Any, ...] = (
     torch.dropout,
     torch.dropout_,
@@ -488,7 +529,7 @@ _CHOOSING: tuple[Any, ...] = (
     torch.instance_norm,
 )
 _CHOOSING += (functional.dropout, functional.batch_norm, functional.instance_norm)
-_CHOOSING += (torch.rms_norm, functional.rms_norm, functional.scaled_dot_product_attention)
+_CHOOSING += (torch.rms_norm, functional.rms_norm)
 _ANSWERS |= dict.fromkeys(_CHOOSING, _chooses_by_device)
 _SPECTRAL = ("cond", "eig", "eigvalsh", "lstsq", "matrix_norm", "matrix_rank", "multi_dot", "norm", "svdvals")
 _PARTICULAR = (
@@ -496,7 +537,8 @@ _PARTICULAR = (
     *("quantize_per_channel", "quantize_per_tensor", "quantize_per_tensor_dynamic"),
     *("sparse_compressed_tensor", "sparse_coo_tensor", "sparse_csr_tensor", "to_sparse", "to_sparse_csr"),
 )
-_ANSWERS |= {getattr(torch.linalg, name): _whole for name in _SPECTRAL}
+_NORMS: dict[Any, str] = {torch.linalg.norm: "ord", torch.norm: "p", _T.norm: "p"}
+_ANSWERS |= {getattr(torch.linalg, name): _whole for name in _SPECTRAL} | dict.fromkeys(_NORMS, _whole)
 _ANSWERS |= {getattr(owner, n): _whole for owner in (torch, torch.Tensor) for n in _PARTICULAR if hasattr(owner, n)}
 _ANSWERS |= dict.fromkeys((functional.embedding_bag, torch.fft.rfft2), _whole)
 _ANSWERS |= dict.fromkeys((_T.apply_, _T.map_, _T.map2_), _by_element)
@@ -504,4 +546,4 @@ _RUNNING: dict[Any, tuple[int, int]] = {torch.batch_norm: (3, 4), torch.instance
 _RUNNING |= {functional.batch_norm: (1, 2), functional.instance_norm: (1, 2)}
 _RUNNING_NAMES = ("running_mean", "running_var")
 _ON_REAL_TOO = {_looks_at_devices, _chooses_by_device, _set_data, _numpy, _address, _to_like}
-_ON_REAL_TOO |= {_whole, _by_element, _backward}
+_ON_REAL_TOO |= {_whole, _matmul, _by_element, _backward}

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrize, prune
 
 from lightning_efficient_init import load_checkpoint
-from lightning_efficient_init.deferred import deferred_init, empty_init, materialize, watch
+from lightning_efficient_init.deferred import deferred_init, eager, empty_init, materialize, watch
 
 
 def holder(**values):
@@ -216,6 +216,69 @@ def bag():
     return model
 
 
+def attention_that_is_seen():
+    layer = nn.Linear(48, 144)
+    query, key, value = layer(torch.ones(2, 5, 48)).view(2, 5, 3, 4, 12).permute(2, 0, 3, 1, 4)
+    layer.seen = functional.scaled_dot_product_attention(query, key, value).detach()
+    return layer
+
+
+def broadcast_batches():
+    batch, one = torch.arange(125.0).view(5, 5, 5).sin(), torch.arange(25.0).view(1, 5, 5).cos()
+    weight = nn.Parameter(torch.randn(5, 5, 5))
+    nuclear = torch.norm(weight.data, "nuc", dim=(1, 2))
+    return holder(weight=weight, of_real_numbers=batch @ one, product=torch.matmul(weight.data, one), norm=nuclear)
+
+
+def functions_that_want_values():
+    window, noise = torch.hann_window(16), torch.randn(1, 64)
+    spectrum = torch.stft(noise, 16, window=window, return_complex=True)
+    return holder(
+        norms=torch.tensor([nn.Linear(3, 3).weight.detach().norm() for _ in range(2)]),
+        rows=nn.Parameter(torch.tensor([torch.rand(()), 1.0])),
+        stacked=torch.as_tensor([torch.rand(()), torch.rand(())]),
+        spectrum=spectrum,
+        noise=torch.istft(spectrum, 16, window=window),
+        slope=torch.gradient(torch.randn(5), spacing=(torch.arange(5.0),)),
+        points=torch.quasirandom.SobolEngine(2, scramble=True, seed=3).draw(4),
+        plain_points=torch.quasirandom.SobolEngine(2).draw(4),
+    )
+
+
+class Tagged(torch.Tensor):
+    """Has nothing of its own but the name."""
+
+
+class Length:
+    """No tensor, but takes part in functions of tensors."""
+
+    def __init__(self, value):
+        self.value = value
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        value = func(*(arg.value if isinstance(arg, Length) else arg for arg in args), **(kwargs or {}))
+        return Length(value)
+
+
+def classes_that_take_part_in_functions():
+    tagged = torch.randn(3).as_subclass(Tagged)
+    scaled = torch.mul(Length(torch.randn(3)), 2)
+    assert isinstance(tagged * 2, Tagged)
+    assert isinstance(scaled, Length)
+    return holder(tagged=(tagged * 2).as_subclass(torch.Tensor), length=scaled.value)
+
+
+class Branches(nn.Module):
+    def forward(self, x):
+        return torch.cat([torch.relu(x), x])
+
+
+def traced():
+    graph = torch.fx.symbolic_trace(Branches())
+    return holder(layer=nn.Linear(3, 3), seen=graph(torch.randn(2, 3)))
+
+
 State = namedtuple("State", ["hidden", "cell"])
 
 
@@ -289,6 +352,10 @@ IDIOMS = {
     "conjugated": conjugated,
     "scaled by its spectrum": scaled_by_its_spectrum,
     "functions that make tensors of their own": functions_that_make_tensors_of_their_own,
+    "attention that is seen": attention_that_is_seen,
+    "batches that are broadcast": broadcast_batches,
+    "classes that take part in functions": classes_that_take_part_in_functions,
+    "traced": traced,
     "bag": bag,
     "state by name": state_by_name,
     "indexed by ranges, arrays and nested lists": written_by_other_indices,
@@ -301,9 +368,21 @@ def test_an_idiom_is_the_same(idiom, device, same_as_eager):
     same_as_eager(IDIOMS[idiom], device)
 
 
-@pytest.mark.parametrize("build", [data_dependent, old_constructors, by_element], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("build", [data_dependent, old_constructors, by_element, functions_that_want_values])
 def test_an_idiom_is_the_same_if_some_parameters_stay_real(build, same_as_eager):
     same_as_eager(build, all_deferred=False)
+
+
+def test_code_is_traced_in_the_midst_of_a_recording():
+    with deferred_init(), eager():
+        graph = torch.fx.symbolic_trace(Branches())
+    assert [node.target for node in graph.graph.nodes] == ["x", torch.relu, torch.cat, "output"]
+
+
+def test_an_error_is_that_of_eager_construction():
+    with deferred_init(), pytest.raises(RuntimeError, match="must match the size of tensor b") as error:
+        torch.add(torch.randn(3), torch.randn(4))
+    assert error.value.__context__ is None
 
 
 def test_functions_that_are_run_whole_pass_on_gradients_of_real_tensors():
