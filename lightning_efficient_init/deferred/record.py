@@ -30,7 +30,7 @@ What it costs, and where exactness ends
     libraries, a quarter of a second, may fall into any recording. What is deferred has no memory that it could free.
     What was computed from a parameter, and kept, has its value, but no way back to it for gradients. A view has.
     Parameters that no module registers are found in containers, and in modules there (reach.py). What only a closure or
-    a plain object holds gets its values when the recording ends, unless it is registered in a module of its own.
+    a plain object holds gets its values when the recording ends; if it is a module, at its first use.
     Where autocast is on, arithmetic with deferred tensors is refused: it would pass over them.
     A generator's state that is read while recording (``get_rng_state``) names a place in this recording, and means
     nothing outside of it. What another thread makes or writes in the meantime is its own: it is not recorded.
@@ -52,7 +52,7 @@ Decided against
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,6 +68,7 @@ from lightning_efficient_init.deferred.recipe import Recipe, Ref, attach, living
 from lightning_efficient_init.deferred.replay import evaluate
 from lightning_efficient_init.deferred.streams import places
 from lightning_efficient_init.deferred.tape import Tape
+from lightning_efficient_init.deferred.watch import watch
 from lightning_efficient_init.garbage import collections_paused
 
 
@@ -132,6 +133,9 @@ def empty_init() -> Iterator[None]:
             yield
         if not nested:
             recorder.allocate()
+            if len(roots := recorder.roots()) > 1:  # who sets up one of them may not know of the others
+                for root in roots:
+                    watch(root)
 
 
 @contextmanager
@@ -206,6 +210,7 @@ class Recorder:
         self._sharing: dict[int, dict[int, weakref.ref[torch.Tensor]]] = {}  # by recipe
         self._twinned: list[Recipe] = []
         self._trained: list[weakref.ref[torch.Tensor]] = []  # that require gradients, and are no parameters
+        self._modules: dict[int, weakref.ref[torch.nn.Module]] = {}
 
     # -- the lifecycle
 
@@ -262,11 +267,13 @@ class Recorder:
     def allocate(self) -> None:
         """Give memory to the parameters that were recorded here, are alive, and are deferred.
 
-        What no module has registered, and no checkpoint can reach by a name, gets its values as well.
+        What no living module has registered, and no checkpoint can reach by a name, gets its values as well.
         """
         groups = self._waiting()
+        named = {id(param) for module in self._living_modules() for param in module._parameters.values()}
+        bare = {recipe for recipe, tensors in groups.items() if named.isdisjoint(map(id, tensors))}
         with self._flattening():
-            audit.allocate(groups, {r for r, tensors in groups.items() if not _may_be_registered(r, tensors)})
+            audit.allocate(groups, bare)
 
     @parameter.undisturbed()
     def materialize(self) -> None:
@@ -302,6 +309,28 @@ class Recorder:
             recipe.is_postponed, recipe.is_optional = True, is_optional
 
     # -- keeping track
+
+    def notice(self, module: torch.nn.Module) -> None:
+        """Remember a module that has registered something, or was registered."""
+        if id(module) not in self._modules or self._modules[id(module)]() is not module:
+            self._modules[id(module)] = weakref.ref(module)
+
+    def roots(self) -> list[torch.nn.Module]:
+        """Models: modules that no other one has registered. One in a plain object of another model is such, too."""
+        modules = self._living_modules()
+        children = {id(child) for module in modules for child in module._modules.values()}
+        return [module for module in modules if id(module) not in children]
+
+    def _living_modules(self) -> list[torch.nn.Module]:
+        """Those, and what is in them: copies come whole."""
+        waiting = [module for ref in self._modules.values() if (module := ref()) is not None]
+        found: dict[int, torch.nn.Module] = {}
+        while waiting:
+            module = waiting.pop()
+            if id(module) not in found:
+                found[id(module)] = module
+                waiting += [child for child in module._modules.values() if child is not None]
+        return list(found.values())
 
     def track(self, value: Any) -> None:
         """Remember deferred tensors among ``value``, without keeping them alive."""
@@ -387,12 +416,6 @@ class Recorder:
             if storage is not None and recipe.stale:
                 storage._fix_weakref()  # type: ignore[attr-defined]  # see `living`
                 _refresh_memory(recipe, storage)
-
-
-def _may_be_registered(recipe: Recipe, tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether a module may have one of these tensors, of one recipe, as a parameter."""
-    is_parameter = any(isinstance(tensor, torch.nn.Parameter) for tensor in tensors)
-    return is_parameter and (recipe.label is not None or not recipe.ops)
 
 
 def _refresh_memory(recipe: Recipe, storage: torch.UntypedStorage) -> None:
