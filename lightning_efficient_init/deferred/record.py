@@ -26,6 +26,7 @@ What it costs, and where exactness ends
     holds, once for each kind of operation.
     `_VF.lstm`, attention, dropout and norms choose kernels by device before any operation: where a deferred tensor is
     not for the CPU they run on its values, and a parameter made of the result is real from the start.
+    So is one that was computed from a sparse tensor.
     The garbage collector waits until the recording ends: it took a fifth of the time, and a full pass over all imported
     libraries, a quarter of a second, may fall into any recording. What is deferred has no memory that it could free.
     What was computed from a parameter, and kept, has its value, but no way back to it for gradients. A view has.

@@ -165,7 +165,7 @@ class Tape:
             for tensor in written:
                 self.make_external(tensor)
             return
-        inputs = {t.untyped_storage()._cdata for t in tensors_in(args, kwargs)}
+        inputs = {t.untyped_storage()._cdata for t in tensors_in(args, kwargs) if is_strided(t)}
         fresh = [t for t in outs if is_strided(t) and t.untyped_storage()._cdata not in inputs]
         if fresh and not inputs:
             _fix_dtype(op, fresh[0])
@@ -211,7 +211,7 @@ def template(
             if recipe is not None and not recipe.external:
                 reads[recipe] = None
                 return Ref.to(arg, recipe)
-            if copy or arg.numel() * arg.element_size() <= CONSTANT_BYTES:
+            if copy or (is_strided(arg) and arg.numel() * arg.element_size() <= CONSTANT_BYTES):
                 with _disable_current_modes():
                     return arg.detach().clone()
             sound = False

@@ -295,6 +295,22 @@ def by_element():
     return holder(layer=layer, table=nn.Parameter(torch.ones(3).apply_(lambda number: number * 3)))
 
 
+def sparse():
+    """Sparse tensors of deferred values and of real ones, and what is computed from them."""
+    graph, reservoir = torch.eye(4).to_sparse(), (torch.randn(4, 4) * (torch.rand(4, 4) > 0.5)).to_sparse().coalesce()
+    reservoir.values().mul_(0.5)
+    reservoir.mul_(3)
+    layer = nn.Linear(4, 4)
+    layer.weight.data.add_(graph * 2)
+    return holder(
+        layer=layer,
+        whole=nn.Parameter(reservoir.to_dense()),
+        product=nn.Parameter(torch.sparse.mm(graph + reservoir, torch.ones(4, 1))),
+        rows=nn.Parameter(torch.randn(4, 4).to_sparse() @ layer.weight.data),
+        real=nn.Parameter(torch.zeros(4, 4).add_(graph)),
+    )
+
+
 def measured():
     model = nn.Sequential(nn.Linear(3, 5), nn.LazyLinear(4))
     model(torch.ones(2, 3))
@@ -368,7 +384,10 @@ def test_an_idiom_is_the_same(idiom, device, same_as_eager):
     same_as_eager(IDIOMS[idiom], device)
 
 
-@pytest.mark.parametrize("build", [data_dependent, old_constructors, by_element, functions_that_want_values])
+SOMEWHAT_REAL = [data_dependent, old_constructors, by_element, functions_that_want_values, sparse]
+
+
+@pytest.mark.parametrize("build", SOMEWHAT_REAL, ids=lambda f: f.__name__)
 def test_an_idiom_is_the_same_if_some_parameters_stay_real(build, same_as_eager):
     same_as_eager(build, all_deferred=False)
 
@@ -390,6 +409,21 @@ def test_functions_that_are_run_whole_pass_on_gradients_of_real_tensors():
         x = torch.zeros(3, 3).requires_grad_()
         torch.linalg.matrix_norm(x + torch.eye(3), 2).backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("convert", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+def test_sparse_buffers_stay_sparse(convert):
+    def build():
+        return holder(matrix=nn.Buffer(convert(torch.randn(4, 4)) * 2), layer=nn.Linear(1, 1))
+
+    torch.manual_seed(0)
+    expected = build()
+    torch.manual_seed(0)
+    with deferred_init():
+        found = build()
+    assert materialize(found).matrix.layout is expected.matrix.layout
+    assert torch.equal(found.matrix.to_dense(), expected.matrix.to_dense())
 
 
 @pytest.mark.parametrize("compiled", [torch.jit.script, lambda m: torch.jit.trace(m, torch.ones(1, 3))])
