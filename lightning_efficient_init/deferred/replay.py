@@ -7,7 +7,7 @@ place in their generator's stream through a `Cursor`, so it does not matter whic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -57,6 +57,7 @@ class Replay:
         self._device = device
         self._memory: dict[Recipe, torch.UntypedStorage] = {}
         self._cursors: dict[torch.Generator, Cursor] = {}
+        self._unread: Set[Recipe] = frozenset()  # those of several results of an operation that nothing needs
         self._stack = ExitStack()
 
     def __enter__(self) -> Replay:
@@ -77,8 +78,10 @@ class Replay:
         waiting = dict.fromkeys(wanted)
         expiring = _last_uses(ops)
         for op in ops:
+            last = expiring.get(op.order, ())
+            self._unread = {recipe for recipe in last if recipe not in waiting} if len(op.outs) > 1 else frozenset()
             self._run(op)
-            for recipe in expiring.get(op.order, ()):
+            for recipe in last:
                 storage = self._memory.pop(recipe, None)
                 if recipe in waiting and storage is not None:
                     del waiting[recipe]
@@ -154,7 +157,7 @@ class Replay:
     def _store(self, op: Op, result: Any) -> None:
         results = result if isinstance(result, tuple | list) else (result,)
         for ref, out in zip(op.outs, results, strict=False):
-            if ref is None:
+            if ref is None or ref.recipe in self._unread:  # statistics of norms have another dtype without values
                 continue
             if (out.dtype, tuple(out.shape)) != (ref.dtype, ref.size):
                 reason = "with values its result has another shape or dtype than without"

@@ -150,6 +150,28 @@ def test_the_default_dtype_is_the_one_at_construction(dtype, device, same_as_eag
     assert found[0].weight.dtype == dtype
 
 
+class Normalized(nn.Module):
+    """Norms of deferred values: their statistics, which nobody wants, have other dtypes on the meta device."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.BatchNorm1d(4))
+        self.seen = self.net(torch.ones(2, 4)).detach()
+        self.norms = nn.ParameterList([nn.functional.layer_norm(torch.randn(3, 4), (4,))])
+        self.norms.append(nn.functional.instance_norm(torch.randn(2, 3, 5)))
+
+
+def test_norms_in_half_precision_are_the_same(device, same_as_eager):
+    def build():
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            return Normalized()
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    same_as_eager(build, device)
+
+
 class Counts(nn.Module):
     """Integers that become numbers of the default dtype, in operations of several kinds."""
 
