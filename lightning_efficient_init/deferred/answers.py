@@ -541,6 +541,7 @@ _NORMS: dict[Any, str] = {torch.linalg.norm: "ord", torch.norm: "p", _T.norm: "p
 _ANSWERS |= {getattr(torch.linalg, name): _whole for name in _SPECTRAL} | dict.fromkeys(_NORMS, _whole)
 _ANSWERS |= {getattr(owner, n): _whole for owner in (torch, torch.Tensor) for n in _PARTICULAR if hasattr(owner, n)}
 _ANSWERS |= dict.fromkeys((functional.embedding_bag, torch.fft.rfft2), _whole)
+_ANSWERS |= dict.fromkeys((torch.group_norm, functional.group_norm), _whole)
 _ANSWERS |= dict.fromkeys((_T.apply_, _T.map_, _T.map2_), _by_element)
 _RUNNING: dict[Any, tuple[int, int]] = {torch.batch_norm: (3, 4), torch.instance_norm: (3, 4)}
 _RUNNING |= {functional.batch_norm: (1, 2), functional.instance_norm: (1, 2)}

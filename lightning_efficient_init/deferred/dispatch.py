@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 _NUMBERS = (int, float, bool)
 _MOST_NUMBERS = 4
+_PROBED_BYTES = 1 << 24
 _KIND_OPTIONS = frozenset({"dtype", "device"})
 _PLAIN_OPTIONS = _KIND_OPTIONS | {"pin_memory"}
 _NEVER_CAST = {aten.clone.default, aten._to_copy.default}
@@ -153,6 +154,8 @@ class Dispatch(TorchDispatchMode):
             return self._forced(traits, args, kwargs)
         if self._recorder.autocast and not written and self._may_cast(traits, args, kwargs, out):
             raise refusal(str(traits.func), "autocast is on, and casts nothing that has no memory yet")
+        if not written and not _is_as_in_memory(traits, args, kwargs, tensors, out):
+            return self._forced(traits, args, kwargs)
         self._tape.write_deferred(traits, args, kwargs, written, out)
         self._recorder.track(out)
         return out
@@ -161,7 +164,7 @@ class Dispatch(TorchDispatchMode):
         """Whether autocast might cast for an operation, which made ``out``, if it ran for real."""
         if traits.func in _NEVER_CAST or recorded_device(args, kwargs).type not in self._recorder.autocast:
             return False
-        return any(is_strided(t) and t.is_floating_point() and recipe_of(t) is None for t in as_list(out))
+        return any(t.is_floating_point() for t in _fresh(out))
 
     def _check_recipes(self, traits: Traits, tensors: list[torch.Tensor]) -> None:
         for tensor in tensors:
@@ -294,6 +297,56 @@ def _shape_of(traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if "generator" in kwargs:
         return aten.empty.memory_format(args[0], **{**without(kwargs, "generator"), "device": META})  # type: ignore[no-any-return]
     return traits.func(*args, **{**kwargs, "device": META, "pin_memory": False})  # type: ignore[no-any-return]
+
+
+def _fresh(out: Any) -> list[torch.Tensor]:
+    """What an operation on meta has returned in memory of its own."""
+    return [t for t in as_list(out) if is_strided(t) and recipe_of(t) is None]
+
+
+def _is_as_in_memory(
+    traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor], out: Any
+) -> bool:
+    """Whether ``out``, made on meta of arguments with these ``tensors``, has the strides and dtypes that it should.
+
+    Kernels add up in the order of strides, so other strides end in other values. Of contiguous tensors nearly all
+    operators make contiguous ones, wherever they run. For the rest the device's kernel is asked, with zeros. What is
+    too large for that is taken for right, unless the operator is known to differ.
+    """
+    fresh = _fresh(out)
+    if not fresh or traits.is_random or traits.func in _NEVER_CAST:
+        return True
+    shown = [*filter(is_strided, tensors), *fresh]
+    if not traits.is_unlike_meta and all(t.is_contiguous() for t in shown):
+        return True
+    if sum(_span(t) * t.element_size() for t in shown) > _PROBED_BYTES:
+        return not traits.is_unlike_meta
+    try:
+        with torch._C._DisableTorchDispatch():
+            found = traits.func(*map_tensors(_zeros, args), **map_tensors(_zeros, kwargs))
+    except Exception:  # it wants other values than zeros
+        return False
+    return _kinds(found) == _kinds(out)
+
+
+def _zeros(tensor: torch.Tensor) -> torch.Tensor:
+    """Zeros in the place of a deferred tensor."""
+    recipe = recipe_of(tensor) if tensor.is_meta else None
+    if recipe is None:
+        return tensor
+    ref = Ref.to(tensor, recipe)
+    ref.offset = 0
+    return ref.on(torch.zeros(_span(tensor), dtype=tensor.dtype, device=recipe.device).untyped_storage())
+
+
+def _span(tensor: torch.Tensor) -> int:
+    """How many elements of memory a tensor reaches over."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return 1 + sum((size - 1) * step for size, step in steps) if tensor.numel() else 0
+
+
+def _kinds(out: Any) -> list[tuple[Any, ...]]:
+    return [(t.dtype, t.shape, t.stride()) for t in as_list(out) if is_strided(t)]
 
 
 def _run_on_meta(traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -38,6 +38,9 @@ _SETS |= {aten.set_.source_Tensor_storage_offset}
 _UNDECLARED_WRITES = {aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default}
 _UNDECLARED_WRITES |= {aten.batch_norm_update_stats.default, aten.batch_norm_gather_stats_with_counts.default}
 _VALUES = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default, aten.allclose.default}
+_UNLIKE_META = {aten._linalg_svd.default, aten.linalg_eig.default, aten.nonzero_static.default}
+_UNLIKE_META |= {aten._fft_c2c.default, aten._fft_c2r.default, aten._fft_r2c.default}
+_UNLIKE_META |= {aten.native_batch_norm.default, aten.native_layer_norm.default}
 _UNIFORM = {aten.uniform_.default, aten.rand.default, aten.rand.generator}
 _NORMAL = {aten.normal_.default, aten.randn.default, aten.randn.generator}
 _ELEMENTWISE = {aten.bernoulli_.float, aten.exponential_.default, aten.log_normal_.default}
@@ -60,6 +63,7 @@ class Traits:
         is_like: It needs the shape of its first argument only.
         is_lift: It makes a tensor of Python's numbers.
         is_set: It exchanges memory.
+        is_unlike_meta: Even of contiguous tensors its kernel may make some of other strides or dtypes than on meta.
         wants_values: It answers with something that is no tensor.
         is_in_place: It returns its first argument, the only one that it writes.
         takes_dtype: It has an argument of this name.
@@ -78,6 +82,7 @@ class Traits:
     is_like: bool
     is_lift: bool
     is_set: bool
+    is_unlike_meta: bool
     wants_values: bool
     is_in_place: bool
     takes_dtype: bool
@@ -110,6 +115,7 @@ def _look_at(func: Any) -> Traits:
         is_like=func in LIKE,
         is_lift=func in _LIFTS,
         is_set=func in _SETS,
+        is_unlike_meta=func in _UNLIKE_META,
         wants_values=func in _VALUES,
         is_in_place=_is_in_place(func, writes),
         takes_dtype=_takes_dtype(func),

@@ -13,6 +13,8 @@ How it works
     The function mode (answers.py) is for what does not reach a kernel: ``p.device`` and ``p.is_meta`` answer as they
     would in eager construction, ``p.data = x``, ``p.numpy()``, loading of real weights, and `torch.nn.init` functions,
     which it runs itself so that no mode below (Lightning's ``_EmptyInit``) skips them.
+    Where a kernel gives its result other strides than on meta (decompositions, convolutions in channels_last), on which
+    the last bits of later sums depend, the operation runs on values as well. Up to 16 MiB the kernel is asked.
     Functions that look at what they are given before any operation (`linalg.svdvals` takes another way for what is no
     ordinary tensor, and while a dispatch mode is active) get real values, and are written down whole. What a compiled
     function makes beside its arguments, on the device that they seem to be on, belongs to the one where they will be.

@@ -295,6 +295,33 @@ def by_element():
     return holder(layer=layer, table=nn.Parameter(torch.ones(3).apply_(lambda number: number * 3)))
 
 
+def computed_in_the_order_of_strides():
+    """Kernels that lay out their results otherwise than their meta kernels; what is summed later depends on it."""
+    u, s, vh = torch.linalg.svd(torch.randn(7, 9), full_matrices=False)
+    data = torch.randn(64, 9)
+    basis = torch.pca_lowrank(data, q=9)[2]
+    images = torch.randn(2, 4, 6, 6).to(memory_format=torch.channels_last)
+    pooled, indices = functional.max_pool2d(images, 2, return_indices=True)
+    return holder(
+        low_rank=nn.Parameter((u * s) @ vh),
+        left_out=nn.Parameter(torch.randn(7, 9) - (u[:, :3] * s[:3]) @ vh[:3]),
+        vh=nn.Parameter(vh),
+        projected=nn.Parameter(data @ basis),
+        spectrum=torch.fft.rfftn(torch.randn(4, 5, 6)),
+        normalized=nn.Parameter(functional.group_norm(images, 2)),
+        unpooled=nn.Parameter(functional.max_unpool2d(pooled, indices, 2)),
+        mixed=torch.logaddexp(torch.randn(4, 5), torch.randn(5, 4).t()),
+    )
+
+
+def measured_in_channels_last():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    net = net.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        net(torch.randn(4, 3, 9, 9))
+    return net
+
+
 def sparse():
     """Sparse tensors of deferred values and of real ones, and what is computed from them."""
     graph, reservoir = torch.eye(4).to_sparse(), (torch.randn(4, 4) * (torch.rand(4, 4) > 0.5)).to_sparse().coalesce()
@@ -372,6 +399,8 @@ IDIOMS = {
     "batches that are broadcast": broadcast_batches,
     "classes that take part in functions": classes_that_take_part_in_functions,
     "traced": traced,
+    "computed in the order of strides": computed_in_the_order_of_strides,
+    "measured in channels_last": measured_in_channels_last,
     "bag": bag,
     "state by name": state_by_name,
     "indexed by ranges, arrays and nested lists": written_by_other_indices,

@@ -151,7 +151,7 @@ def test_the_default_dtype_is_the_one_at_construction(dtype, device, same_as_eag
 
 
 class Normalized(nn.Module):
-    """Norms of deferred values: their statistics, which nobody wants, have other dtypes on the meta device."""
+    """Norms of deferred values: their statistics, which hardly anybody keeps, have other dtypes on the meta device."""
 
     def __init__(self):
         super().__init__()
@@ -159,6 +159,7 @@ class Normalized(nn.Module):
         self.seen = self.net(torch.ones(2, 4)).detach()
         self.norms = nn.ParameterList([nn.functional.layer_norm(torch.randn(3, 4), (4,))])
         self.norms.append(nn.functional.instance_norm(torch.randn(2, 3, 5)))
+        self.statistics = torch.native_layer_norm(torch.randn(3, 4), (4,), None, None, 1e-5)
 
 
 def test_norms_in_half_precision_are_the_same(device, same_as_eager):
