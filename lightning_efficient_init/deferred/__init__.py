@@ -6,6 +6,7 @@ from lightning_efficient_init.deferred.answers import know_mode
 from lightning_efficient_init.deferred.audit import uninitialized_parameters
 from lightning_efficient_init.deferred.distribute import (
     distribute,
+    equalize,
     fill_own,
     initialize_required,
     keep_recipes,
@@ -23,8 +24,6 @@ from lightning_efficient_init.deferred.materialize import (
     is_deferred,
     is_postponed,
     materialize,
-    reseed,
-    seeds,
     settle,
 )
 from lightning_efficient_init.deferred.parameter import undisturbed
@@ -47,6 +46,7 @@ __all__ = [
     "distribute",
     "eager",
     "empty_init",
+    "equalize",
     "fill_own",
     "forget",
     "has_recipe",
@@ -65,8 +65,6 @@ __all__ = [
     "named_tensors",
     "postponed_init",
     "recording",
-    "reseed",
-    "seeds",
     "settle",
     "share_buffers",
     "undisturbed",

@@ -2,7 +2,7 @@
 
 `fully_shard`, tensor parallelism and their like take plain meta tensors apart without looking at values. So they come
 first, on modules that are still deferred; then each rank gives memory to the parts that it is left with and fills them,
-one parameter at a time.
+one parameter at a time. Where every rank has the whole module, `equalize` is all there is to do.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import torch
 from torch import distributed
 from torch.nn import Module
 
-from lightning_efficient_init.deferred import audit, kept
+from lightning_efficient_init.deferred import audit, kept, parameter
+from lightning_efficient_init.deferred.engines import window_of
 from lightning_efficient_init.deferred.materialize import (
     allocate,
     give_bare_memory,
     initialize,
+    initialize_empty,
     is_deferred,
     materialize_deferred,
     materialize_tensors,
@@ -27,7 +29,7 @@ from lightning_efficient_init.deferred.materialize import (
 from lightning_efficient_init.deferred.reach import named_parameters
 from lightning_efficient_init.deferred.recipe import Recipe, Ref, recipe_of
 from lightning_efficient_init.deferred.sharded import Windows, agree, evaluate_each, release, windows
-from lightning_efficient_init.errors import DeferredParameterError, shorten
+from lightning_efficient_init.errors import DeferredInitError, DeferredParameterError, shorten
 from lightning_efficient_init.rendezvous import exchange, is_alone
 from lightning_efficient_init.sharding import give_local_memory, is_dtensor, offloaded, part_of, settle
 
@@ -63,6 +65,36 @@ def distribute(
     fill_parts(sharded, refs, device, is_empty=is_empty)
     share_buffers(sharded)
     return sharded
+
+
+def equalize(module: Module, device: torch.device) -> None:
+    """Let what is left to initialize in ``module`` get rank 0's values on every rank. All ranks come here.
+
+    Recipes that all ranks have become rank 0's, and wait. Of anything else rank 0's memory is what counts, which the
+    caller gives to the other ranks: what nobody has written in it is initialized now.
+
+    Args:
+        module: A module that each rank has the whole of; what is deferred in it gets memory before the ranks meet.
+        device: This rank's device.
+    """
+    if is_alone():
+        return
+    left = _windows_left(module)
+    common = set.intersection(*map(set, exchange(list(left))))
+    try:
+        agree([left[name] for name in sorted(common)], device)
+    except DeferredInitError:  # on all of them: each rank initializes it in a way of its own
+        common = set()
+    if distributed.get_rank() == 0 and len(common) < len(left):
+        initialize_empty(module, left.keys() - common)
+
+
+def _windows_left(module: Module) -> dict[str, Ref]:
+    """What the recipes that are left have for parameters, by name; whether or not somebody has written by now."""
+    with parameter.undisturbed():
+        named = dict(named_parameters(module))
+        windows = {name: kept.window_of(p) if kept.recipe_of_empty(p) else window_of(p) for name, p in named.items()}
+    return {name: window for name, window in windows.items() if window is not None}
 
 
 def fill_parts(module: Module, refs: Windows, device: torch.device, *, is_empty: bool = False) -> None:

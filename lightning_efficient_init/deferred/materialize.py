@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from functools import partial
 
 import torch
 
-from lightning_efficient_init.deferred import audit, kept, parameter, recurrent, streams
+from lightning_efficient_init.deferred import audit, kept, parameter, recurrent
 from lightning_efficient_init.deferred.active import current
 from lightning_efficient_init.deferred.arguments import indexed
 from lightning_efficient_init.deferred.reach import named_parameters, named_tensors
-from lightning_efficient_init.deferred.recipe import Op, Recipe, living, operations_for, recipe_of
+from lightning_efficient_init.deferred.recipe import Recipe, living, recipe_of
 from lightning_efficient_init.deferred.replay import evaluate
 from lightning_efficient_init.deferred.sharded import evaluate_each
 from lightning_efficient_init.errors import DeferredParameterError, shorten
@@ -157,20 +157,13 @@ def fill_empty(tensors: Sequence[torch.Tensor]) -> None:
         refresh(tensors)
 
 
-def seeds(model: torch.nn.Module) -> list[streams.State]:
-    """States of the generators from which the recipes that are left in ``model`` draw, in order."""
-    return [stream.states[0] for stream in streams.sources(_operations_left(model))]
-
-
-def reseed(model: torch.nn.Module, states: Sequence[streams.State]) -> None:
-    """Let the recipes that are left in ``model`` draw from other states: those `seeds` gave for an equal model."""
-    streams.restart(_operations_left(model), states)
-
-
-def _operations_left(model: torch.nn.Module) -> list[Op]:
+def initialize_empty(model: torch.nn.Module, names: Container[str]) -> None:
+    """Run the recipes of those of these parameters that have memory which nobody has written, and of their copies."""
     with parameter.undisturbed():
-        found = [recipe_of(p) if p.is_meta else kept.recipe_of_empty(p) for _, p in named_parameters(model)]
-        return operations_for(recipe for recipe in found if recipe is not None)
+        params = dict(named_parameters(model))
+        empty = [params[name] for name in audit.uninitialized_parameters(model) if name in names]
+        empty = [param for param in empty if not param.is_meta]
+        fill_empty([*empty, *audit.empty_copies(empty)])
 
 
 def settle(module: torch.nn.Module) -> None:

@@ -94,26 +94,45 @@ def agree(refs: Iterable[Ref], device: torch.device, group: Any = None) -> None:
     if is_alone(group):
         return
     with parameter.undisturbed():
-        ops = operations_for(dict.fromkeys(ref.recipe for ref in refs))
-        _agree_on_numbers(ops, group)
+        recipes = dict.fromkeys(ref.recipe for ref in refs)
+        ops = operations_for(recipes)
+        _agree_on_numbers(ops, recipes, group)
         _agree_on_streams(ops, device, group)
 
 
-def _agree_on_numbers(ops: list[Op], group: Any) -> None:
+def _agree_on_numbers(ops: list[Op], recipes: Iterable[Recipe], group: Any) -> None:
     """Compare what the operations are, and their numbers and constants; rank 0's count."""
-    prints = [(_name_of(op.func), zlib.crc32(pickle.dumps(list(map(_content, _leaves(op)))))) for op in ops]
-    mine = _digest([name for name, _ in prints]), _digest(prints)
-    found = exchange(mine, group)
+    prints = [zlib.crc32(pickle.dumps(list(map(_content, _leaves(op))))) for op in ops]
+    found = exchange((_digest(_structure(ops, recipes)), _digest(prints)), group)
     if len({structure for structure, _ in found}) > 1:
         counts = [rank for rank, (structure, _) in enumerate(found) if structure != found[0][0]]
         raise DeferredInitError(
             f"The ranks {counts} have recorded another construction than rank 0 (here: {len(ops)} operations). Build "
-            "the same model on every rank; its random numbers are rank 0's in any case."
+            "the same model on every rank, in the same order; its random numbers are rank 0's in any case."
         )
     if len({content for _, content in found}) > 1:
         theirs = _from_first([list(_leaves(op)) for op in ops], group)
         for op, leaves in zip(ops, theirs, strict=True):
             _replace_leaves(op, leaves)
+
+
+def _structure(ops: list[Op], recipes: Iterable[Recipe]) -> Any:
+    """What each operation is, which of the recipes it writes, and what has been drawn before it."""
+    numbers = {recipe: number for number, recipe in enumerate(recipes)}
+    steps = [(_name_of(op.func), [numbers.get(recipe) for recipe in op.writes]) for op in ops]
+    streams = list(_streams(ops))
+    order = {id(stream): number for number, stream in enumerate(streams)}
+    draws = [*(op.draw for op in ops), *(stream.parent or stream.before for stream in streams)]
+    places = [None if draw is None else (order[id(draw.stream)], draw.index) for draw in draws]
+    ends = [0 for _ in streams]
+    for number, index in filter(None, places):
+        ends[number] = max(ends[number], index)
+    return steps, places, [_drawn(op) for stream, end in zip(streams, ends, strict=True) for op in stream.ops[:end]]
+
+
+def _drawn(op: Op) -> Any:
+    """How much an operation draws, as far as that is known without running it."""
+    return _name_of(op.func), [(ref.size, ref.dtype) for ref in (*op.outs, *op.args) if isinstance(ref, Ref)]
 
 
 def _agree_on_streams(ops: list[Op], device: torch.device, group: Any) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -339,31 +339,6 @@ def state_at(draw: Draw) -> State:
         state = state_of(generator)
     draw.stream.states[draw.index] = state
     return state
-
-
-def sources(ops: Iterable[Op]) -> list[Stream]:
-    """The streams that stand at the beginning of what ``ops`` draw, in order."""
-    found: dict[int, Stream] = {}
-    for op in ops:
-        stream = op.draw.stream if op.draw is not None else None
-        while stream is not None and stream.parent is not None:
-            stream = stream.parent.stream
-        if stream is not None:
-            found[id(stream)] = stream
-    return list(found.values())
-
-
-def restart(ops: Iterable[Op], states: Sequence[State]) -> None:
-    """Let the `sources` of ``ops`` begin with other states of their generators."""
-    ops = list(ops)
-    for op in ops:
-        stream = op.draw.stream if op.draw is not None else None
-        while stream is not None:
-            stream.states.clear()
-            stream._twins.clear()
-            stream = None if stream.parent is None else stream.parent.stream
-    for stream, state in zip(sources(ops), states, strict=True):
-        stream.states[0] = state
 
 
 def run_for_draws(op: Op, generator: torch.Generator) -> None:

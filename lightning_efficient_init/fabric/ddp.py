@@ -39,6 +39,6 @@ class EfficientDDPStrategy(HasReplicas, StreamsCheckpoints, DDPStrategy):
 
     def setup_module(self, module: Module) -> DistributedDataParallel:
         """Wrap the module; every rank gets the values of rank 0, also those that are yet to be initialized."""
-        replicate_module(module)
+        replicate_module(module, self.root_device)
         share_quantized(module)
         return super().setup_module(module)  # type: ignore[return-value]

@@ -6,11 +6,11 @@ import torch
 from torch import distributed
 from torch.nn import Module
 
-from lightning_efficient_init.deferred import is_deferred, materialize, reseed, seeds
+from lightning_efficient_init.deferred import equalize, is_deferred, materialize
 from lightning_efficient_init.errors import QuantizationError, shorten
 from lightning_efficient_init.load.replicas import Replicas, replicas_over, replicate
 from lightning_efficient_init.quantize import QuantizedParameter
-from lightning_efficient_init.rendezvous import exchange
+from lightning_efficient_init.rendezvous import agree, exchange
 
 
 class HasReplicas:
@@ -21,13 +21,15 @@ class HasReplicas:
         return replicas_over(distributed.group.WORLD) if distributed.is_initialized() else None
 
 
-def replicate_module(module: Module) -> None:
-    """Make ``module`` one of equal ones: what is not written yet draws from rank 0's generators, on every rank."""
+def replicate_module(module: Module, device: torch.device) -> None:
+    """Make ``module``, on ``device``, one of equal ones: what is not written yet is going to be as on rank 0.
+
+    Of what has been written ``DistributedDataParallel`` takes care, which copies rank 0's memory.
+    """
     assert distributed.group.WORLD is not None
     replicate(module, distributed.group.WORLD)
-    states = exchange(seeds(module))
-    if distributed.get_rank():
-        reseed(module, states[0])
+    with agree():
+        equalize(module, device)
 
 
 def share_quantized(module: Module) -> None:

@@ -51,7 +51,7 @@ class EfficientDDPStrategy(HasReplicas, StreamsCheckpoints, DDPStrategy):
     def setup(self, trainer: pl.Trainer) -> None:
         """Wrap the module to train it; every rank gets the values of rank 0, also those yet to be initialized."""
         assert self.model is not None
-        replicate_module(self.model)
+        replicate_module(self.model, self.root_device)
         super().setup(trainer)
 
     def model_to_device(self) -> None:

@@ -177,17 +177,33 @@ def test_recipes_hold_one_parameter_at_a_time():
         assert most <= 2 * largest
 
 
-def _record_different_models(rank):
+def _initialized_anew(rank):
+    model = nn.Linear(3, 3) if rank else nn.Conv1d(3, 3, 3)
+    if rank:
+        nn.init.normal_(model.weight)
+    return model
+
+
+def _in_another_order(rank):
+    layers = [nn.Linear(3, 3, bias=False) for _ in range(2)]
+    return nn.Sequential(*layers[:: -1 if rank else 1])
+
+
+def _after_other_draws(rank):
+    torch.rand(rank)
+    return nn.Linear(3, 3)
+
+
+def _record_different_models(rank, build):
     distributed.init_process_group("gloo")
     with deferred_init():
-        model = nn.Linear(3, 3) if rank else nn.Conv1d(3, 3, 3)
-        if rank:
-            nn.init.normal_(model.weight)
+        model = globals()[build](rank)
     with pytest.raises(DeferredInitError) as caught:
         distribute(model, lambda m: m, CPU)
     return str(caught.value)
 
 
-def test_ranks_that_build_different_models_are_told_so():
-    for message in run_ranks(_record_different_models, 2):
+@pytest.mark.parametrize("build", ["_initialized_anew", "_in_another_order", "_after_other_draws"])
+def test_ranks_that_build_different_models_are_told_so(build):
+    for message in run_ranks(_record_different_models, 2, build):
         assert "recorded another construction than rank 0" in message

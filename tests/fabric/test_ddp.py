@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import copy
 import os
+import random
 import time
+import warnings
+from contextlib import nullcontext
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning_models import DTYPES, PRECISIONS, Regression, assert_equal_states, loader
@@ -82,6 +87,110 @@ def _initialize_late(rank, world_size, forward):
 def test_what_nobody_loads_gets_the_values_of_a_single_device_at_first_use(forward):
     for found in run_ranks(_initialize_late, 2, 2, forward):
         assert_equal_states(found, dict(eager_model().named_parameters()))
+
+
+class FromOutside(nn.Module):
+    """Numbers that no generator of torch gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.from_numpy(np.random.randn(8)).float())
+        self.net = nn.Linear(8, 1)
+        nn.init.constant_(self.net.bias, random.random())
+
+    def forward(self, x):
+        return self.net(x * self.scale)
+
+
+class Varied(nn.Module):
+    """Which initializer runs is a matter of chance."""
+
+    def __init__(self, rank):
+        super().__init__()
+        self.net = nn.Linear(8, 1)
+        if rank:
+            torch.rand(5)
+            nn.init.normal_(self.net.weight)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class Turned(nn.Module):
+    """The order in which parts are made, one recording each, is a matter of chance."""
+
+    def __init__(self, rank, init):
+        super().__init__()
+        made = {}
+        for name in ("first", "second")[:: -1 if rank else 1]:
+            with init():
+                made[name] = nn.Linear(8, 8)
+        self.first, self.second = made["first"], made["second"]
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+def _differ(rank, world_size, kind):
+    fabric = ddp_fabric(world_size)
+    random.seed(rank)
+    np.random.seed(rank)
+    if kind == "in another order":
+        model = Turned(rank, lambda: fabric.init_module(empty_init=True))
+    else:
+        with fabric.init_module(empty_init=True):
+            model = FromOutside() if kind == "by numbers from outside" else Varied(rank)
+    wrapped = fabric.setup(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UninitializedParameterWarning)
+        wrapped(torch.ones(2, 8))
+    return dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["by numbers from outside", "in other ways", "in another order"])
+def test_what_ranks_initialize_differently_is_as_rank_0_has_it(kind):
+    torch.manual_seed(17)
+    random.seed(0)
+    np.random.seed(0)
+    models = {"in another order": lambda: Turned(0, nullcontext), "in other ways": lambda: Varied(0)}
+    expected = dict(models.get(kind, FromOutside)().named_parameters())
+    for found in run_ranks(_differ, 2, 2, kind):
+        assert_equal_states(found, expected)
+
+
+def _initialize_on_some(rank, world_size, path, how):
+    """What is left on this rank as the model is set up."""
+    fabric = ddp_fabric(world_size)
+    weights = torch.load(path)
+    if how != "all of it":
+        weights = {name: value for name, value in weights.items() if not name.startswith("net.0")}
+    has_values = {"rank 0 is built": rank == 0, "rank 1 is built": rank == 1}.get(how, False)
+    with fabric.init_module(empty_init=not has_values):
+        model = Regression(24)
+        if rank == 0 and not how.endswith("is built"):
+            model.load_state_dict(weights, strict=False)
+    average = copy.deepcopy(model)
+    wrapped = fabric.setup(model)
+    left = uninitialized_parameters(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UninitializedParameterWarning)
+        wrapped(torch.ones(2, 8))
+    told = [str(w.message) for w in caught if w.category is UninitializedParameterWarning]
+    return left, told, dict(model.named_parameters()), dict(average.named_parameters())
+
+
+@pytest.mark.parametrize("how", ["rank 0 is built", "rank 1 is built", "all of it", "a part of it"])
+def test_what_only_some_ranks_have_left_is_as_rank_0_has_it(checkpoint, how):
+    expected = dict(eager_model().named_parameters())
+    if not how.endswith("is built"):
+        loaded = [name for name in expected if how == "all of it" or not name.startswith("net.0")]
+        expected |= {name: torch.load(checkpoint)[name] for name in loaded}
+    results = run_ranks(_initialize_on_some, 2, 2, checkpoint, how)
+    for left, told, found, _ in results:
+        assert left == (["net.0.weight", "net.0.bias"] if how == "a part of it" else [])
+        assert len(told) == (how == "a part of it")
+        assert_equal_states(found, expected)
+    assert_equal_states(results[0][3], expected)
 
 
 def _record(rank, world_size):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -17,6 +18,7 @@ from lightning_models import (
     same_losses,
 )
 from ranks import RanksFailedError, run_ranks
+from torch import nn
 
 from lightning_efficient_init import EfficientInit, is_deferred
 from lightning_efficient_init.deferred import UninitializedParameterWarning
@@ -105,6 +107,36 @@ def _late(rank, world_size):
 def test_what_nobody_loads_gets_the_values_of_a_single_device():
     for found in run_ranks(_late, 2, 2):
         assert_equal_states(found, dict(eager_model().named_parameters()))
+
+
+class FromOutside(Regression):
+    """Numbers that no generator of torch gives."""
+
+    def __init__(self):
+        super().__init__(24)
+        self.shift = nn.Parameter(torch.from_numpy(np.random.randn(8)).float())
+
+    def forward(self, x):
+        return super().forward(x + self.shift)
+
+
+def _from_outside(rank, world_size, stage):
+    np.random.seed(rank)
+    trainer = ddp_trainer(world_size, rank, max_steps=1)
+    with trainer.init_module(empty_init=True):
+        model = FromOutside()
+    with pytest.warns(UninitializedParameterWarning):
+        getattr(trainer, stage)(model, loader())
+    return dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_numbers_from_outside_are_rank_0s_too(stage):
+    first, second = run_ranks(_from_outside, 2, 2, stage)
+    assert_equal_states(second, first)
+    if stage == "validate":
+        np.random.seed(0)
+        assert torch.equal(first["shift"], torch.from_numpy(np.random.randn(8)).float())
 
 
 def _load(rank, world_size, path, stage):
