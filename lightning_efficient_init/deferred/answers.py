@@ -76,9 +76,7 @@ class Answers(TorchFunctionMode):
                     break
             else:
                 raise TypeError(f"no implementation of {_name(func)} for {', '.join(map(str, types))}")
-        with torch._C.DisableTorchFunction():
-            self._recorder.track(out)
-        return out
+        return _tracked(self._recorder, out)
 
     def _answer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         answer = _ANSWERS.get(func)
@@ -96,10 +94,7 @@ class Answers(TorchFunctionMode):
             if isinstance(error, EfficientInitError) or self._recorder.paused:
                 raise
         else:
-            if isinstance(out, _MAY_HOLD_TENSORS):
-                with torch._C.DisableTorchFunction():
-                    self._recorder.track(out)
-            return out
+            return _tracked(self._recorder, out) if isinstance(out, _MAY_HOLD_TENSORS) else out
         with self._recorder.pausing(True):  # for want of memory, or of values; else it raises as in eager construction
             return _looks_at_devices(self._recorder, func, args, kwargs)
 
@@ -234,11 +229,17 @@ def _matmul(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[s
     return (_whole if is_broadcast else _as_it_is)(recorder, func, args, kwargs)
 
 
+def _tracked(recorder: Recorder, out: Any) -> Any:
+    """``out``, remembered as what it is: a nested recording, or the class of a lazy parameter, would deny it."""
+    with torch._C.DisableTorchFunction():
+        recorder.track(out)
+    return out
+
+
 def _as_it_is(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
         out = func(*args, **kwargs)
-    recorder.track(out)
-    return out
+    return _tracked(recorder, out)
 
 
 def _by_element(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -269,8 +270,7 @@ def _into(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str
         return func(*args, **kwargs)  # raises, as in eager construction
     with torch._C.DisableTorchFunction():
         out = func(*args, **{**kwargs, "device": META})
-    recorder.track(out)
-    return out
+    return _tracked(recorder, out)
 
 
 def _as_tensor(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -282,8 +282,7 @@ def _as_tensor(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dic
     options = without(kwargs, "device") if indexed(device) == recipe.device else {**kwargs, "device": device}
     with torch._C.DisableTorchFunction():
         out = func(*args, **options)
-    recorder.track(out)
-    return out
+    return _tracked(recorder, out)
 
 
 def _numpy(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -318,8 +317,7 @@ def _to(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
         del options["device"]
     with torch._C.DisableTorchFunction():
         out = args[0].to(**{"dtype": args[0].dtype, **options})
-    recorder.track(out)
-    return out
+    return _tracked(recorder, out)
 
 
 def _to_options(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -352,8 +350,7 @@ def _get_item(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
     index = _real_index(index)
     with torch._C.DisableTorchFunction():
         out = func(target, index)
-        recorder.track(out)
-    return out
+    return _tracked(recorder, out)
 
 
 def _set_item(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -427,7 +424,7 @@ def _set_data(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
     else:
         with undisturbed():
             exchange(target, data)
-    recorder.track(target)
+    _tracked(recorder, target)
 
 
 def _backward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -447,9 +444,7 @@ def _type(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str
     recipe = recipe_of(args[0])
     assert recipe is not None
     if len(args) > 1 or kwargs:
-        out = func(*args, **kwargs)
-        recorder.track(out)
-        return out
+        return _tracked(recorder, func(*args, **kwargs))
     with undisturbed():
         return torch.empty(0, dtype=args[0].dtype, device=recipe.device).type()
 
@@ -464,8 +459,7 @@ def _copy(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str
                 return target
             recorder.bind(target, is_overwritten=True)
     out = func(*args, **kwargs)
-    recorder.track(out)
-    return out
+    return _tracked(recorder, out)
 
 
 def _initialize(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

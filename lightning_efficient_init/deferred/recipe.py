@@ -114,7 +114,8 @@ class Ref:
     @staticmethod
     def to(tensor: torch.Tensor, recipe: Recipe) -> Ref:
         """The window that ``tensor`` is."""
-        shape, offset, is_conj = tuple(tensor.shape), tensor.storage_offset(), tensor.is_conj()
+        shape = tuple(tensor.size())  # lazy parameters have no ``shape``
+        offset, is_conj = tensor.storage_offset(), tensor.is_conj()
         return Ref(recipe, tensor.dtype, shape, tensor.stride(), offset, is_conj, tensor.is_neg())  # type: ignore[arg-type]
 
     def on(self, storage: torch.UntypedStorage) -> torch.Tensor:

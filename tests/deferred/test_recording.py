@@ -6,6 +6,7 @@ import copy
 import gc
 import threading
 import weakref
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -421,6 +422,47 @@ def test_values_may_be_asked_for_in_a_nested_recording():
     assert is_deferred(found)
     assert (found.array, found.has_positive, found.sum) == (expected.array, expected.has_positive, expected.sum)
     assert torch.equal(materialize(found).weight, expected.weight)
+
+
+def _lazy(make, sample):
+    layer = make()
+    layer(sample)
+    return layer
+
+
+def _materialized_by_hand():
+    module = nn.Module()
+    module.weight = nn.UninitializedParameter()
+    module.weight.materialize((3, 2))
+    nn.init.normal_(module.weight)
+    return module
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: _lazy(lambda: nn.LazyLinear(4), torch.ones(2, 3)),
+        lambda: _lazy(lambda: nn.LazyLinear(4).double(), torch.ones(2, 3).double()),
+        lambda: _lazy(lambda: copy.deepcopy(nn.LazyConv1d(4, 2)), torch.ones(2, 3, 5)),
+        lambda: _lazy(nn.LazyBatchNorm1d, torch.arange(6.0).view(2, 3)),
+        _materialized_by_hand,
+    ],
+)
+def test_lazy_modules_may_run_in_a_nested_recording(build, depth):
+    torch.manual_seed(3)
+    expected = build().state_dict()
+    after = torch.rand(2)
+    torch.manual_seed(3)
+    with ExitStack() as stack:
+        for _ in range(depth):
+            stack.enter_context(deferred_init())
+        found = build()
+    assert is_deferred(found)
+    assert torch.equal(torch.rand(2), after)
+    for name, value in materialize(found).state_dict().items():
+        assert value.dtype == expected[name].dtype
+        assert torch.equal(value, expected[name])
 
 
 def test_an_exception_restores_everything_and_leaves_the_generator_right():
