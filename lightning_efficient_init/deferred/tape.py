@@ -180,7 +180,7 @@ class Tape:
         refs = [self._ref_to_fresh(out, op) if any(out is t for t in fresh) else None for out in outs]
         op.outs = tuple(refs)
         op.writes = tuple(dict.fromkeys((*targets, *(ref.recipe for ref in refs if ref is not None))))
-        op.overwrites = bool(fresh) or _overwrites(op)
+        op.overwrites = (bool(fresh) and not targets) or _overwrites(op)  # batch norm makes some, and updates others
         if op.overwrites and written:
             op.reads = tuple(recipe for recipe in op.reads if recipe is not op.writes[0])
         for tensor in written:

@@ -465,6 +465,14 @@ def test_lazy_modules_may_run_in_a_nested_recording(build, depth):
         assert torch.equal(value, expected[name])
 
 
+def test_statistics_that_a_batch_norm_updates_go_on_from_what_they_were():
+    with deferred_init():
+        mean, variance = torch.empty(3).fill_(2), torch.empty(3).fill_(1)
+        nn.functional.batch_norm(torch.ones(2, 3), mean, variance, training=True, momentum=0.5)
+        del variance
+    assert torch.equal(mean, torch.full((3,), 1.5))
+
+
 def test_an_exception_restores_everything_and_leaves_the_generator_right():
     new = nn.Parameter.__dict__["__new__"]
     trunc = nn.init._no_grad_trunc_normal_
