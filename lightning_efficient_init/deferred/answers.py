@@ -309,15 +309,23 @@ def _address(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[
 
 
 def _to(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``t.to(its own device)`` returns ``t``, as in eager construction."""
+    """``t.to(its own device)`` returns ``t``, as in eager construction; ``t.to("meta")`` something without a recipe."""
     recipe = recipe_of(args[0])
     assert recipe is not None
     options = _to_options(args[1:], kwargs)
+    if asks_for_meta(options):
+        options["copy"] = True
     if options.get("device") is not None and indexed(options["device"]) == recipe.device:
         del options["device"]
     with torch._C.DisableTorchFunction():
         out = args[0].to(**{"dtype": args[0].dtype, **options})
     return _tracked(recorder, out)
+
+
+def _may_share_object(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """What ``module.to`` asks: whether ``p.data = x`` will do. Not if ``x`` is on the meta device for good."""
+    with torch._C.DisableTorchFunction():
+        return func(*args, **kwargs) and (is_deferred(args[1]) or not args[1].is_meta)
 
 
 def _to_options(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -494,6 +502,7 @@ _ANSWERS: dict[Any, Any] = {
     _T.share_memory_: _address,
     _T.to: _to_like,
     _T.type_as: _to_like,
+    torch._has_compatible_shallow_copy_type: _may_share_object,
     _T.new: _new,
     _T.new_tensor: _new,
     _T.__getitem__: _get_item,

@@ -594,6 +594,33 @@ def test_genuine_meta_tensors_stay_what_they_are():
         materialize(layer)
 
 
+class KeepsTheShape(nn.Module):
+    """As ensembles are built in PyTorch's tutorial: parameters are stacked, and one module is called with them."""
+
+    def __init__(self, move):
+        super().__init__()
+        self.models = nn.ModuleList(nn.Linear(2, 3) for _ in range(2))
+        self.kept = self.models[0].weight
+        self.base = (move(copy.deepcopy(self.models[0])),)
+        self.where = str(self.base[0].weight.device)
+        self.moved = nn.Linear(2, 3)
+        self.before = self.moved.weight
+        self.moved_away = (move(self.moved),)
+        del self.moved
+
+
+@pytest.mark.parametrize(
+    "move", [lambda m: m.to("meta"), lambda m: m.to("meta", torch.float16), lambda m: m.to_empty(device="meta")]
+)
+def test_what_is_moved_to_the_meta_device_stays_there(move, same_as_eager):
+    found, _ = same_as_eager(lambda: KeepsTheShape(move))
+    assert found.where == "meta"
+    for base in (*found.base, *found.moved_away):
+        assert type(base.weight) is nn.Parameter
+        assert base.weight.is_meta
+        assert not has_recipe(base.weight)
+
+
 def test_the_garbage_collector_waits_until_the_recording_ends():
     assert gc.isenabled()
     with deferred_init():
