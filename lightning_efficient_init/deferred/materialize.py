@@ -85,8 +85,20 @@ def materialize_deferred(
     module: torch.nn.Module, device: torch.device | None = None, dtype: torch.dtype | None = None
 ) -> None:
     """`materialize`, for what is deferred alone: nothing else is initialized, moved or cast."""
-    materialize_tensors((tensor for _, tensor in named_tensors(module)), device, dtype)
+    tensors = [tensor for _, tensor in named_tensors(module)]
+    companions = _companions(tensors)
+    materialize_tensors(tensors, device, dtype)
+    materialize_tensors(companions, device)
     _check_complete(module)
+
+
+def _companions(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Deferred tensors that were recorded with some of ``tensors``, and that only code knows where to find."""
+    with torch._C.DisableTorchFunction():
+        recipes = [recipe for tensor in tensors if tensor.is_meta and (recipe := recipe_of(tensor)) is not None]
+        recorded = {id(recipe.companions): recipe.companions for recipe in recipes}
+        found = [(t, recipe_of(t)) for t in living(itertools.chain(*recorded.values())) if t.is_meta]
+        return [tensor for tensor, recipe in found if recipe is not None and not recipe.is_postponed]
 
 
 def give_bare_memory(tensors: Iterable[torch.Tensor], device: torch.device) -> None:
@@ -247,7 +259,7 @@ def _move(module: torch.nn.Module, device: torch.device | None, dtype: torch.dty
     """Move what was real already, and cast parameters, keeping identity."""
     if device is None and dtype is None:
         return
-    for param in module.parameters():
+    for _, param in named_parameters(module):
         wanted = dtype if param.is_floating_point() and dtype is not None else param.dtype
         if (device is not None and param.device != device) or param.dtype != wanted:
             param.data = param.data.to(device=device, dtype=wanted)

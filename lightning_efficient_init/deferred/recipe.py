@@ -35,6 +35,7 @@ class Recipe:
         is_loaded: Its values come from outside of the recording, at least in part: a checkpoint was loaded into it.
         stale: ``real`` lacks what was written through the parameter since.
         aliases: Tensors that share the memory, where it is more than one parameter.
+        companions: Tensors of the same recording that no module may ever show.
         layer: The recurrent layer whose weights are to be in one piece of memory once all of them have some.
         form: How the one parameter in this memory keeps its values, where that is not as a plain tensor.
     """
@@ -48,6 +49,7 @@ class Recipe:
     is_loaded: bool = False
     stale: bool = False
     aliases: Sequence[weakref.ref[torch.Tensor]] = ()
+    companions: Sequence[weakref.ref[torch.Tensor]] = ()
     is_postponed: bool = False
     is_optional: bool = False
     claimed_by: str | None = None

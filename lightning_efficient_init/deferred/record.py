@@ -33,7 +33,8 @@ What it costs, and where exactness ends
     libraries, a quarter of a second, may fall into any recording. What is deferred has no memory that it could free.
     What was computed from a parameter, and kept, has its value, but no way back to it for gradients. A view has.
     Parameters that no module registers are found in containers, and in modules there (reach.py). What only a closure or
-    a plain object holds gets its values when the recording ends; if it is a module, at its first use.
+    a plain object holds gets its values when the recording ends; a module there at its first use; and after
+    `deferred_init` what requires gradients with the first module of the recording that is materialized.
     Where autocast is on, arithmetic with deferred tensors is refused: it would pass over them.
     A generator's state that is read while recording (``get_rng_state``) names a place in this recording, and means
     nothing outside of it. What another thread makes or writes in the meantime is its own: it is not recorded.
@@ -246,13 +247,19 @@ class Recorder:
         lone = [r for r, tensors in groups.items() if r not in shared and not any(t.requires_grad for t in tensors)]
         for recipe, storage in evaluate(lone).items():
             parameter.give_memory(groups.pop(recipe), storage)
+        companions: list[weakref.ref[torch.Tensor]] = []
         for recipe, tensors in groups.items():
             if recipe not in shared or len(tensors) > 1:
                 recipe.aliases = [weakref.ref(t) for t in tensors]
             if recipe not in shared:
                 self._trained += recipe.aliases
+            if not _may_be_registered(recipe, tensors):
+                companions.append(weakref.ref(tensors[0]))
             for tensor in tensors:
                 parameter.guard(tensor)
+        if companions:
+            for recipe in groups:
+                recipe.companions = companions
         recurrent.remember(self._scattered_layers())
         self._tensors.clear()
         self._sharing.clear()

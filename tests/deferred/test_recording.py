@@ -31,6 +31,12 @@ def built_deferred(make, path):
         return materialize(make())
 
 
+def built_later(make, path):
+    with deferred_init():
+        model = make()
+    return materialize(model)
+
+
 def built_empty(make, path):
     with empty_init():
         model = make()
@@ -619,6 +625,43 @@ def test_what_is_moved_to_the_meta_device_stays_there(move, same_as_eager):
         assert type(base.weight) is nn.Parameter
         assert base.weight.is_meta
         assert not has_recipe(base.weight)
+
+
+class KeepsElsewhere(nn.Module):
+    """Tensors that require gradients in a list, in a plain object, and in a closure."""
+
+    def __init__(self):
+        super().__init__()
+        self.models = nn.ModuleList(nn.Linear(2, 3) for _ in range(2))
+        self.stacked = list(torch.func.stack_module_state(list(self.models))[0].values())
+        self.prior = torch.distributions.Normal(nn.Parameter(torch.randn(2)), 1.0)
+        scale = torch.randn(3, requires_grad=True)
+        self.scale = lambda: scale
+        self.doubled = [self.models[0].weight * 2]
+
+    def kept(self):
+        return [*self.stacked, self.prior.loc, self.scale(), *self.doubled]
+
+
+@pytest.mark.parametrize("build", [built_empty, built_later])
+def test_what_requires_gradients_has_its_values_wherever_it_is_kept(build):
+    torch.manual_seed(2)
+    expected = KeepsElsewhere()
+    torch.manual_seed(2)
+    found = build(KeepsElsewhere, None)
+    for one, other in zip(found.kept(), expected.kept(), strict=True):
+        assert type(one) is type(other)
+        assert one.requires_grad
+        assert torch.equal(one, other)
+
+
+def test_what_one_model_keeps_in_a_list_is_cast_with_it_though_another_one_came_first():
+    with deferred_init():
+        first, second = nn.Linear(2, 3), nn.Linear(2, 3)
+        second.scales = [nn.Parameter(torch.randn(3))]
+    materialize(first, dtype=torch.float64)
+    assert second.scales[0].dtype == torch.float32
+    assert materialize(second, dtype=torch.float16).scales[0].dtype == torch.float16
 
 
 def test_the_garbage_collector_waits_until_the_recording_ends():
