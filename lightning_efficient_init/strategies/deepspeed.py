@@ -21,6 +21,7 @@ from torch.nn import Module
 from lightning_efficient_init.checkpoint.deepspeed import DeepSpeedFolder
 from lightning_efficient_init.deferred import initialize_required, move_whole, share_buffers
 from lightning_efficient_init.deferred.audit import keep
+from lightning_efficient_init.deferred.materialize import materialize_deferred
 from lightning_efficient_init.deferred.recipe import Ref
 from lightning_efficient_init.deferred.sharded import agree, evaluate_each, release, windows
 from lightning_efficient_init.load.load import run_plan
@@ -54,6 +55,7 @@ def make_partitions(module: Module, engine: Any, device: torch.device, *, is_emp
         else:
             wanted.append((ref, partial(partition, param, engine=engine)))
     evaluate_each(wanted, device)
+    materialize_deferred(module, device)  # buffers and attributes that share a parameter's memory, for instance
     exchange()  # what comes is DeepSpeed's to broadcast
     engine._convert_to_zero_parameters([p for p in module.parameters() if not is_partitioned(p)])
     move_whole(module, device)

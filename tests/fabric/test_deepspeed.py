@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_efficient_init import EfficientInit, load_checkpoint, uninitialized_parameters
 from lightning_efficient_init.deferred import UninitializedParameterWarning
-from lightning_efficient_init.errors import StateDictMismatchError, UnsupportedCheckpointError
+from lightning_efficient_init.errors import DeferredParameterError, StateDictMismatchError, UnsupportedCheckpointError
 from lightning_efficient_init.fabric import EfficientDeepSpeedStrategy
 
 NAME = "efficient_init_deepspeed_stage_3"
@@ -67,6 +67,51 @@ def test_partitions_have_the_dtype_that_deepspeed_computes_in(precision):
 def test_offloaded_partitions_are_those_of_one_device():
     for state in run_ranks(_init, 2, 2, f"{NAME}_offload", "32-true"):
         assert_equal_states(state, whole_state(eager_model()))
+
+
+class Remembers(nn.Module):
+    """Keeps what shows its parameters' memory, registered and not, and a buffer that requires gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.register_buffer("first", self.linear.weight.detach())
+        self.register_buffer("learned", torch.rand(3).requires_grad_())
+        self.start = self.linear.bias.detach()
+
+    def forward(self, x):
+        return self.linear(x) @ self.first + self.start + self.learned
+
+
+def _remember(rank, world_size, empty):
+    fabric = fabric_of(world_size)
+    torch.manual_seed(1 + rank)
+    with fabric.init_module(empty_init=empty):
+        model = Remembers()
+    wrapped = fabric.setup(model)
+    return {**dict(model.named_buffers()), "start": model.start, "output": wrapped(torch.ones(2, 3)).detach()}
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_what_shares_memory_with_a_parameter_has_the_values_of_one_device(empty):
+    torch.manual_seed(1)
+    model = Remembers()
+    expected = {**dict(model.named_buffers()), "start": model.start, "output": model(torch.ones(2, 3)).detach()}
+    for found in run_ranks(_remember, 2, 2, empty):
+        assert_equal_states(found, expected)
+
+
+def _set_up_on_meta(rank, world_size):
+    fabric = fabric_of(world_size)
+    with fabric.init_module():
+        model = nn.Linear(3, 3)
+        model.register_buffer("scale", torch.ones(3, device="meta"))
+    with pytest.raises(DeferredParameterError, match="'scale': on the meta device without a recipe"):
+        fabric.setup(model)
+
+
+def test_what_has_no_values_and_no_recipe_is_refused():
+    run_ranks(_set_up_on_meta, 1, 1)
 
 
 def _load(rank, world_size, path, when):
