@@ -11,6 +11,7 @@ from lightning_efficient_init.deferred.distribute import (
     initialize_required,
     keep_recipes,
     move_whole,
+    prepare,
     share_buffers,
 )
 from lightning_efficient_init.deferred.engines import unrecorded_engines
@@ -64,6 +65,7 @@ __all__ = [
     "move_whole",
     "named_tensors",
     "postponed_init",
+    "prepare",
     "recording",
     "settle",
     "share_buffers",

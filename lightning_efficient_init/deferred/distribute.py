@@ -19,6 +19,7 @@ from lightning_efficient_init.deferred import audit, kept, parameter
 from lightning_efficient_init.deferred.engines import window_of
 from lightning_efficient_init.deferred.materialize import (
     allocate,
+    fill_empty,
     give_bare_memory,
     initialize,
     initialize_empty,
@@ -58,13 +59,42 @@ def distribute(
         DeferredInitError: The ranks have recorded different models.
         DeferredParameterError: A parameter is on the meta device and has no recipe.
     """
-    refs = {**(known or {}), **windows(module)}
-    agree(refs.values(), device)
-    release(module)
+    refs = prepare(module, device, known)
     sharded = engine(module)
     fill_parts(sharded, refs, device, is_empty=is_empty)
     share_buffers(sharded)
     return sharded
+
+
+def prepare(module: Module, device: torch.device, known: Windows | None = None) -> Windows:
+    """Get a module ready for an engine: all ranks agree on its recipes, and what is empty gets its values.
+
+    Engines take the memory that there is for values, and parts of a canary tell nobody that they are none.
+
+    Args:
+        module: A module that is deferred, real, or both in part.
+        device: This rank's device.
+        known: See `distribute`.
+
+    Returns:
+        `windows` of what is deferred.
+
+    Raises:
+        DeferredInitError: The ranks have recorded different models.
+        DeferredParameterError: Nobody has written a parameter's memory, and its recipe is gone.
+    """
+    refs = {**(known or {}), **windows(module)}
+    with torch._C.DisableTorchFunction():
+        whole = {name: p for name, p in named_parameters(module) if not p.is_meta and part_of(p) is None}
+    empty = [name for name in audit.uninitialized_parameters(module) if name in whole]
+    audit.check_recipes(module, empty)
+    kept_ones = [param for param in whole.values() if kept.recipe_of_empty(param) is not None]
+    agree([*refs.values(), *map(kept.window_of, kept_ones)], device)
+    fill_empty([*map(whole.__getitem__, empty), *audit.empty_copies(kept_ones, module.parameters())])
+    for param in kept_ones:
+        kept.forget(param)
+    release(module)
+    return refs
 
 
 def equalize(module: Module, device: torch.device) -> None:

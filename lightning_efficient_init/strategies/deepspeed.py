@@ -19,11 +19,11 @@ from lightning.fabric.plugins.precision.utils import _DtypeContextManager
 from torch.nn import Module
 
 from lightning_efficient_init.checkpoint.deepspeed import DeepSpeedFolder
-from lightning_efficient_init.deferred import initialize_required, move_whole, share_buffers
+from lightning_efficient_init.deferred import initialize_required, move_whole, prepare, share_buffers
 from lightning_efficient_init.deferred.audit import keep
 from lightning_efficient_init.deferred.materialize import materialize_deferred
 from lightning_efficient_init.deferred.recipe import Ref
-from lightning_efficient_init.deferred.sharded import agree, evaluate_each, release, windows
+from lightning_efficient_init.deferred.sharded import evaluate_each
 from lightning_efficient_init.load.load import run_plan
 from lightning_efficient_init.load.postponed import has_waiting, take_waiting
 from lightning_efficient_init.load.replicas import agreed
@@ -43,9 +43,7 @@ def make_partitions(module: Module, engine: Any, device: torch.device, *, is_emp
         device: Where parameters are used.
         is_empty: Whether parameters are left without values, their recipes at hand.
     """
-    refs = windows(module)
-    agree(refs.values(), device)
-    release(module)
+    refs = prepare(module, device)
     wanted = []
     for param, ref in _unique(refs):
         is_left = (is_empty or ref.recipe.is_optional) and not ref.recipe.is_loaded

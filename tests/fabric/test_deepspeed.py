@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from copy import deepcopy
 
 import lightning as L
 import pytest
@@ -67,6 +68,36 @@ def test_partitions_have_the_dtype_that_deepspeed_computes_in(precision):
 def test_offloaded_partitions_are_those_of_one_device():
     for state in run_ranks(_init, 2, 2, f"{NAME}_offload", "32-true"):
         assert_equal_states(state, whole_state(eager_model()))
+
+
+def _set_up_empty(rank):
+    torch.manual_seed(1 + rank)
+    with fabric_of(1, "efficient_init").init_module(empty_init=True):
+        model = TinyLM()
+    nn.init.ones_(model.frozen)
+    copy = deepcopy(model.norm)
+    model = fabric_of(2).setup(model)
+    assert not uninitialized_parameters(model)
+    return {**gathered(model.module), "copy": copy.scale.detach()}
+
+
+def test_what_another_fabric_has_built_empty_has_the_values_of_one_device():
+    expected = eager_model()
+    nn.init.ones_(expected.frozen)
+    for state in run_ranks(_set_up_empty, 2):
+        assert_equal_states(state, {**whole_state(expected), "copy": expected.norm.scale.detach()})
+
+
+def _set_up_lost(rank):
+    with fabric_of(1, "efficient_init").init_module(empty_init=True):
+        model = nn.Linear(3, 3)
+    model.weight = nn.Parameter(model.weight.detach().clone())
+    with pytest.raises(DeferredParameterError, match="'weight': the memory of these parameters has never been"):
+        fabric_of(2).setup(model)
+
+
+def test_empty_memory_without_a_recipe_is_refused():
+    run_ranks(_set_up_lost, 2)
 
 
 class Remembers(nn.Module):

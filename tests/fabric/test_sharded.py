@@ -66,6 +66,24 @@ def test_parameters_and_buffers_are_those_of_one_device(world_size, engine):
         assert_equal_states(state, whole_state(eager_model()))
 
 
+def _set_up_empty(rank, engine):
+    torch.manual_seed(1 + rank)
+    with fabric_of(1, "efficient_init").init_module(empty_init=True):
+        model = TinyLM()
+    torch.nn.init.ones_(model.frozen)
+    model = fabric_of(2, engine).setup(model)
+    assert not uninitialized_parameters(model)
+    return whole_state(model._forward_module)
+
+
+@engines
+def test_what_another_fabric_has_built_empty_has_the_values_of_one_device(engine):
+    expected = eager_model()
+    torch.nn.init.ones_(expected.frozen)
+    for state in run_ranks(_set_up_empty, 2, engine):
+        assert_equal_states(state, whole_state(expected))
+
+
 def _load(rank, world_size, path, when, empty, engine, accelerator):
     fabric = fabric_of(world_size, engine, accelerator)
     model = built(fabric, empty=empty)
