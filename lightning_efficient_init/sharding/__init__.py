@@ -35,6 +35,7 @@ from lightning_efficient_init.sharding.zero3 import (
     is_partitioned,
     partition,
     partition_of,
+    partition_real,
     refresh,
     refresh_engine,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "offloaded",
     "part_of",
     "partition",
+    "partition_real",
     "refresh",
     "refresh_engine",
     "reshard",

@@ -16,7 +16,7 @@ import torch
 from lightning_efficient_init.sharding.part import Stretch
 
 PARTITION = "ds_tensor"  # of a parameter, while it is divided
-_COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
+_CAST = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # by DeepSpeed, to what it computes in
 
 
 def is_partitioned(tensor: Any) -> bool:
@@ -53,13 +53,30 @@ def partition(param: Any, whole: torch.Tensor, engine: Any) -> None:
         whole: Its value, in any memory layout, on the device that the parameter is used on.
         engine: A ``deepspeed.zero.Init``.
     """
-    value = whole.to(engine.dtype) if whole.dtype in _COMPUTED else whole
-    fresh = torch.nn.Parameter(value.contiguous(), requires_grad=param.requires_grad)
+    fresh = torch.nn.Parameter(_in_dtype(whole, engine).contiguous(), requires_grad=param.requires_grad)
     torch._C._swap_tensor_impl(param, fresh)
     engine._convert_to_deepspeed_param(param)
     param.partition()
     kept = partition_of(param).memory.numel()
     param.ds_tensor[kept:].zero_()
+
+
+def partition_real(params: Iterable[Any], engine: Any) -> None:
+    """Keep this rank's part of parameters that have values: those of rank 0. All ranks come here.
+
+    Args:
+        params: Parameters, of which those that have been partitioned stay as they are.
+        engine: A ``deepspeed.zero.Init``.
+    """
+    real = [param for param in params if not is_partitioned(param)]
+    for param in real:
+        param.data = _in_dtype(param.data, engine)  # `deepspeed.initialize` casts what has not been partitioned
+    engine._convert_to_zero_parameters(real)
+
+
+def _in_dtype(value: torch.Tensor, engine: Any) -> torch.Tensor:
+    """In the dtype that DeepSpeed computes in, if it is a float of a kind that it casts."""
+    return value.to(engine.dtype) if value.dtype in _CAST else value
 
 
 def refresh_engine(engine: Any) -> None:

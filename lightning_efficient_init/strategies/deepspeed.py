@@ -30,7 +30,7 @@ from lightning_efficient_init.load.replicas import agreed
 from lightning_efficient_init.patching import ScopedPatch, patching
 from lightning_efficient_init.precision import EfficientInit, cast_module
 from lightning_efficient_init.rendezvous import exchange
-from lightning_efficient_init.sharding import is_partitioned, partition
+from lightning_efficient_init.sharding import partition, partition_real
 from lightning_efficient_init.strategies.sharded import ShardsModules
 
 
@@ -55,7 +55,7 @@ def make_partitions(module: Module, engine: Any, device: torch.device, *, is_emp
     evaluate_each(wanted, device)
     materialize_deferred(module, device)  # buffers and attributes that share a parameter's memory, for instance
     exchange()  # what comes is DeepSpeed's to broadcast
-    engine._convert_to_zero_parameters([p for p in module.parameters() if not is_partitioned(p)])
+    partition_real(module.parameters(), engine)
     move_whole(module, device)
     share_buffers(module)
     return module

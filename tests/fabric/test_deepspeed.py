@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from contextlib import nullcontext
 from copy import deepcopy
 
 import lightning as L
 import pytest
 import torch
+from lightning.fabric.plugins.precision import DeepSpeedPrecision
 from ranks import RanksFailedError, run_ranks
 from sharded_models import TinyLM, assert_equal_states, built, eager_model, loss_of, tokens, trainable, whole_state
 from torch import nn
@@ -63,6 +65,26 @@ def test_partitions_have_the_dtype_that_deepspeed_computes_in(precision):
         torch.set_default_dtype(torch.float32)
     for state in run_ranks(_init, 2, 2, NAME, precision):
         assert_equal_states(state, expected)
+
+
+def _train_mixed(rank, is_deferred):
+    fabric = fabric_of(2, plugins=[DeepSpeedPrecision("bf16-mixed")])
+    torch.manual_seed(1 + rank)
+    with fabric.init_module() if is_deferred else nullcontext():
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.float64))
+    model, optimizer = fabric.setup(model, torch.optim.Adam(model.parameters()))
+    state = gathered(model.module)
+    fabric.backward(model(torch.ones(2, 4)).float().sum())
+    optimizer.step()
+    return state
+
+
+@pytest.mark.parametrize("is_deferred", [False, True])
+def test_what_lightnings_own_mixed_precision_trains_is_cast_wherever_it_was_built(is_deferred):
+    torch.manual_seed(1)
+    expected = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.float64)).bfloat16()
+    for state in run_ranks(_train_mixed, 2, is_deferred):
+        assert_equal_states(state, whole_state(expected))
 
 
 def test_offloaded_partitions_are_those_of_one_device():
