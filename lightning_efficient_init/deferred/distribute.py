@@ -29,7 +29,7 @@ from lightning_efficient_init.deferred.materialize import (
 )
 from lightning_efficient_init.deferred.reach import named_parameters
 from lightning_efficient_init.deferred.recipe import Recipe, Ref, recipe_of
-from lightning_efficient_init.deferred.sharded import Windows, agree, evaluate_each, release, windows
+from lightning_efficient_init.deferred.sharded import Windows, agree, evaluate_each, from_first, release, windows
 from lightning_efficient_init.errors import DeferredInitError, DeferredParameterError, shorten
 from lightning_efficient_init.rendezvous import exchange, is_alone
 from lightning_efficient_init.sharding import give_local_memory, is_dtensor, offloaded, part_of, settle
@@ -164,11 +164,20 @@ def share_buffers(module: Module, group: Any = None) -> None:
     exchange(None, group)
     source = distributed.get_global_rank(group, 0) if group is not None else 0
     for buffer in module.buffers():
-        if buffer.numel() and not buffer.is_meta and not is_dtensor(buffer):
-            flat = buffer.detach().contiguous().view(-1).view(torch.uint8)
-            distributed.broadcast(flat, source, group=group)
-            if flat.data_ptr() != buffer.data_ptr():
-                buffer.detach().copy_(flat.view(buffer.dtype).view(buffer.shape))
+        if buffer.is_meta or is_dtensor(buffer) or not buffer.numel():
+            continue
+        if not _is_writable(buffer):
+            parameter.exchange(buffer, from_first(buffer.detach().cpu(), group).to(buffer.device))
+            continue
+        flat = buffer.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
+        distributed.broadcast(flat, source, group=group)
+        if flat.data_ptr() != buffer.data_ptr():
+            buffer.detach().copy_(flat.view(buffer.dtype).view(buffer.shape))
+
+
+def _is_writable(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` has an ordinary element of its own at each index: it is neither sparse nor expanded."""
+    return tensor.layout is torch.strided and not tensor.is_quantized and 0 not in tensor.stride()
 
 
 def move_whole(module: Module, device: torch.device) -> None:

@@ -111,7 +111,7 @@ def _agree_on_numbers(ops: list[Op], recipes: Iterable[Recipe], group: Any) -> N
             "the same model on every rank, in the same order; its random numbers are rank 0's in any case."
         )
     if len({content for _, content in found}) > 1:
-        theirs = _from_first([list(_leaves(op)) for op in ops], group)
+        theirs = from_first([list(_leaves(op)) for op in ops], group)
         for op, leaves in zip(ops, theirs, strict=True):
             _replace_leaves(op, leaves)
 
@@ -138,7 +138,7 @@ def _drawn(op: Op) -> Any:
 def _agree_on_streams(ops: list[Op], device: torch.device, group: Any) -> None:
     streams = list(_streams(ops))
     elsewhere = [stream.elsewhere.get(device) for stream in streams]
-    theirs = _from_first(list(zip(map(_known_states, streams), elsewhere, strict=True)), group)
+    theirs = from_first(list(zip(map(_known_states, streams), elsewhere, strict=True)), group)
     if distributed.get_rank(group) == 0:
         return
     for stream, (states, there) in zip(streams, theirs, strict=True):
@@ -165,8 +165,8 @@ def _streams(ops: Iterable[Op]) -> Iterator[Stream]:
             stream = origin.stream if origin is not None else None
 
 
-def _from_first(value: Any, group: Any) -> Any:
-    """What rank 0 of the group has."""
+def from_first(value: Any, group: Any) -> Any:
+    """What rank 0 of the group has; anything that can be pickled. All ranks come here."""
     exchange(None, group)
     box = [value]
     distributed.broadcast_object_list(box, src=distributed.get_global_rank(group, 0) if group else 0, group=group)

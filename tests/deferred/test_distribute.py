@@ -207,3 +207,44 @@ def _record_different_models(rank, build):
 def test_ranks_that_build_different_models_are_told_so(build):
     for message in run_ranks(_record_different_models, 2, build):
         assert "recorded another construction than rank 0" in message
+
+
+class Graph(nn.Module):
+    """Random buffers that are not simply written to."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        numbers = torch.randn(2, 3, dtype=torch.complex64)
+        self.register_buffer("sparse", torch.rand(3, 3).gt(0.5).float().to_sparse(), persistent=False)
+        self.register_buffer("rows", torch.rand(3, 3).gt(0.5).float().to_sparse_csr())
+        self.register_buffer("expanded", torch.rand(1).expand(3))
+        self.register_buffer("conjugated", numbers.conj())
+        self.register_buffer("negated", numbers.conj().imag)
+        self.register_buffer("quantized", torch.quantize_per_tensor(torch.rand(3), 0.1, 0, torch.quint8))
+
+
+def _buffers(model):
+    dense = {name: b.dequantize() if b.is_quantized else b.to_dense() for name, b in model.named_buffers()}
+    return {name: buffer.resolve_conj().resolve_neg().clone() for name, buffer in dense.items()}
+
+
+def _init_graph(rank):
+    distributed.init_process_group("gloo")
+    seed(1 + rank)
+    with deferred_init():
+        model = Graph()
+    before = dict(model.named_buffers())
+    model = distribute(model, fully_shard, CPU)
+    for name, buffer in model.named_buffers():
+        assert buffer is before[name], name
+        assert buffer.layout is {"sparse": torch.sparse_coo, "rows": torch.sparse_csr}.get(name, torch.strided)
+    return _buffers(model)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # some layouts are new, others on their way out
+def test_buffers_of_any_layout_are_those_of_rank_0():
+    seed(1)
+    expected = _buffers(Graph())
+    for found in run_ranks(_init_graph, 2):
+        assert_equal(found, expected)
