@@ -104,6 +104,12 @@ class DeepSpeedFolder:
         return CheckpointTree(path, self.name, tuple(files), _tree(states, _get(states, "module", Mapping, files[0])))
 
 
+def num_ranks(path: str) -> int:
+    """How many ranks of ZeRO-3 have saved a folder."""
+    folder = _find(path)
+    return 0 if folder is None else len(_ranks(folder)["model"])
+
+
 def blocks(shape: Shape, start: int, stop: int) -> Iterator[tuple[Shape, Shape]]:
     """The blocks, as offsets and sizes, that make up a stretch of a tensor flattened in row-major order, in order."""
     if stop <= start:

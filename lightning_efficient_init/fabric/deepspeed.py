@@ -14,11 +14,12 @@ from torch.optim import Optimizer
 from lightning_efficient_init.deferred import watch
 from lightning_efficient_init.errors import UnsupportedCheckpointError
 from lightning_efficient_init.fabric.sharded import RecordsModules
+from lightning_efficient_init.sharding import is_engine
 from lightning_efficient_init.strategies.deepspeed import (
     BuildsInDtype,
     PartitionsModules,
     initializing,
-    is_deepspeed_folder,
+    is_resumable,
 )
 from lightning_efficient_init.strategies.sharded import adapting
 
@@ -33,7 +34,7 @@ class EfficientDeepSpeedStrategy(PartitionsModules, RecordsModules, DeepSpeedStr
     Construction inside ``fabric.init_module()`` is only recorded. ``fabric.setup`` partitions one parameter after the
     other, with the values that one device would have (those of rank 0's seed). Checkpoints of any format may be loaded
     before or after; each rank reads the bytes of its partition, and ``strict`` means it. Folders that DeepSpeed has
-    saved are restored by DeepSpeed, optimizer states included.
+    saved with as many ranks are restored by DeepSpeed, optimizer states included, into a model that is being trained.
 
     It takes the arguments of Lightning's ``DeepSpeedStrategy``; ``stage`` is 3.
 
@@ -76,9 +77,6 @@ class EfficientDeepSpeedStrategy(PartitionsModules, RecordsModules, DeepSpeedStr
         watch(module)
         return engine  # type: ignore[no-any-return]
 
-    def _is_streamed(self, path: _PATH) -> bool:
-        return super()._is_streamed(path) and not is_deepspeed_folder(path)
-
     def load_checkpoint(
         self,
         path: _PATH,
@@ -98,15 +96,21 @@ class EfficientDeepSpeedStrategy(PartitionsModules, RecordsModules, DeepSpeedStr
             What was not asked for; its tensors are lazy, unless DeepSpeed has saved them.
 
         Raises:
-            UnsupportedCheckpointError: An optimizer is to be restored from what DeepSpeed has not saved.
+            UnsupportedCheckpointError: An optimizer is to be restored from what DeepSpeed has not saved, or not with
+                as many ranks.
         """
         from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer  # noqa: PLC0415 (an optional dependency)
 
+        engines = [obj for obj in state.values() if is_engine(obj)] if isinstance(state, dict) else []
+        is_trained = any(isinstance(engine.optimizer, DeepSpeedOptimizer) for engine in engines)
+        if is_trained and is_resumable(path, self.world_size):
+            return DeepSpeedStrategy.load_checkpoint(self, path, state, strict)
         objects = state.values() if isinstance(state, dict) else [state]
         if self._is_streamed(path) and any(isinstance(obj, DeepSpeedOptimizer | Optimizer) for obj in objects):
             raise UnsupportedCheckpointError(
-                f"{path}: expected a folder that DeepSpeed has saved, found another checkpoint; DeepSpeed cannot take "
-                "over an optimizer's state from that. Load the model alone, or what fabric.save has written with this "
-                "strategy."
+                f"{path}: expected a folder that DeepSpeed has saved with {self.world_size} ranks, as there are now, "
+                "and the model that was trained; found another checkpoint. DeepSpeed cannot take over an optimizer's "
+                "state from that. Load the model alone, or with its optimizer what fabric.save has written with this "
+                "strategy and as many ranks."
             )
         return super().load_checkpoint(path, state, strict, weights_only)

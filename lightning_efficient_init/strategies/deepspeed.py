@@ -18,7 +18,7 @@ import torch
 from lightning.fabric.plugins.precision.utils import _DtypeContextManager
 from torch.nn import Module
 
-from lightning_efficient_init.checkpoint.deepspeed import DeepSpeedFolder
+from lightning_efficient_init.checkpoint.deepspeed import num_ranks
 from lightning_efficient_init.deferred import initialize_required, move_whole, prepare, share_buffers
 from lightning_efficient_init.deferred.audit import keep
 from lightning_efficient_init.deferred.materialize import materialize_deferred
@@ -165,9 +165,9 @@ def _check_stage(config: dict[str, Any]) -> None:
         )
 
 
-def is_deepspeed_folder(path: Any) -> bool:
-    """Whether DeepSpeed's own engine has saved ``path``."""
-    return os.path.isdir(path) and DeepSpeedFolder().recognize(os.fspath(path), None)
+def is_resumable(path: Any, world_size: int) -> bool:
+    """Whether DeepSpeed's own engine, with as many ranks, has saved ``path``: optimizer states of no other fit."""
+    return os.path.isdir(path) and num_ranks(os.fspath(path)) == world_size
 
 
 _STAGE = 3

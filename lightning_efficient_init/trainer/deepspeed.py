@@ -19,7 +19,7 @@ from lightning_efficient_init.strategies.deepspeed import (
     BuildsInDtype,
     PartitionsModules,
     initializing,
-    is_deepspeed_folder,
+    is_resumable,
 )
 from lightning_efficient_init.strategies.sharded import adapting
 from lightning_efficient_init.trainer.sharded import RecordsModules
@@ -35,8 +35,8 @@ class EfficientDeepSpeedStrategy(PartitionsModules, RecordsModules, DeepSpeedStr
     Construction inside ``trainer.init_module()``, which works before there are processes, and in ``configure_model`` is
     only recorded. One parameter after the other is then partitioned, with the values that one device would have (those
     of rank 0's seed). ``ckpt_path`` may be a checkpoint of any kind: of a file each rank reads its part of the weights,
-    strictly if the module's ``strict_loading`` says so; folders that DeepSpeed has saved are restored by DeepSpeed,
-    optimizer states included.
+    strictly if the module's ``strict_loading`` says so; in ``fit``, folders that DeepSpeed has saved with as many ranks
+    are restored by DeepSpeed, optimizer states included.
 
     It takes the arguments of Lightning's ``DeepSpeedStrategy``; ``stage`` is 3.
 
@@ -69,14 +69,17 @@ class EfficientDeepSpeedStrategy(PartitionsModules, RecordsModules, DeepSpeedStr
         watch(self.lightning_module)
 
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        """The checkpoint: what DeepSpeed has saved is restored at once, of others the weights are lazy."""
-        if is_deepspeed_folder(checkpoint_path):
+        """The checkpoint: what DeepSpeed can resume from is restored at once, of others the weights are lazy."""
+        module = self.lightning_module
+        is_fitting = module is not None and module.trainer.state.fn == TrainerFn.FITTING
+        if is_fitting and is_resumable(checkpoint_path, self.world_size):
             return super().load_checkpoint(checkpoint_path)
         checkpoint = self._open(checkpoint_path, weights_only)
-        if self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+        if is_fitting:
             rank_zero_warn(
-                f"{checkpoint_path}: not saved by DeepSpeed, which can take over its weights but not the optimizers' "
-                "states: these start anew. To resume with them, pass a folder that this strategy has saved."
+                f"{checkpoint_path}: not saved by DeepSpeed with {self.world_size} ranks, as there are now; of other "
+                "checkpoints it can take over the weights but not the optimizers' states: these start anew. To resume "
+                "with them, pass a folder that this strategy has saved with as many ranks."
             )
         return checkpoint
 

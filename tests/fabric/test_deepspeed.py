@@ -345,6 +345,16 @@ def test_an_optimizer_state_that_deepspeed_cannot_take_over_is_refused(tmp_path)
         assert_equal_states(state, whole_state(model))
 
 
+def test_a_folder_of_another_number_of_ranks_gives_weights_but_no_optimizer_state(tmp_path):
+    path, model = str(tmp_path / "saved"), eager_model(7)
+    run_ranks(_losses, 2, 2, NAME, path)
+    load_checkpoint(model, path)
+    for state in run_ranks(_load_optimizer, 3, 3, path):
+        assert_equal_states(state, whole_state(model))
+    for state in run_ranks(_load, 2, 2, path, "after"):
+        assert_equal_states(state, whole_state(model))
+
+
 def test_other_stages_are_refused():
     with pytest.raises(ValueError, match="stage 3 of ZeRO; found stage 2"):
         EfficientDeepSpeedStrategy(stage=2)

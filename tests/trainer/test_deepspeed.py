@@ -11,7 +11,7 @@ from lightning_models import Configured, Regression, assert_equal_states, loader
 from ranks import RanksFailedError, run_ranks
 from torch import nn
 
-from lightning_efficient_init import EfficientInit, is_deferred
+from lightning_efficient_init import EfficientInit, is_deferred, load_checkpoint
 
 NAME = "efficient_init_deepspeed_stage_3"
 
@@ -152,6 +152,15 @@ def test_training_goes_on_after_a_resume_as_without(tmp_path, accelerator):
     resumed = run_ranks(_train, 2, 2, 2, NAME, None, str(tmp_path / "saved"), accelerator)
     for found, losses in zip(resumed, whole, strict=True):
         assert found == same_losses(losses[len(losses) // 2 :], accelerator)
+
+
+@pytest.mark.parametrize(("world_size", "stage"), [(2, "validate"), (3, "validate"), (3, "fit")])
+def test_where_no_optimizer_can_be_resumed_a_folder_gives_its_weights(tmp_path, world_size, stage):
+    path, model = str(tmp_path / "saved"), Plain()
+    run_ranks(_train, 2, 2, 1, NAME, path)
+    load_checkpoint(model, path)
+    for state in run_ranks(_load, world_size, world_size, path, stage):
+        assert_equal_states(state, model.state_dict())
 
 
 class Wraps(Plain):
