@@ -247,13 +247,14 @@ class Recorder:
         lone = [r for r, tensors in groups.items() if r not in shared and not any(t.requires_grad for t in tensors)]
         for recipe, storage in evaluate(lone).items():
             parameter.give_memory(groups.pop(recipe), storage)
+        registered = self._registered()
         companions: list[weakref.ref[torch.Tensor]] = []
         for recipe, tensors in groups.items():
             if recipe not in shared or len(tensors) > 1:
                 recipe.aliases = [weakref.ref(t) for t in tensors]
             if recipe not in shared:
                 self._trained += recipe.aliases
-            if not _may_be_registered(recipe, tensors):
+            if registered.isdisjoint(map(id, tensors)):
                 companions.append(weakref.ref(tensors[0]))
             for tensor in tensors:
                 parameter.guard(tensor)
@@ -280,8 +281,8 @@ class Recorder:
         What no living module has registered, and no checkpoint can reach by a name, gets its values as well.
         """
         groups = self._waiting()
-        named = {id(param) for module in self._living_modules() for param in module._parameters.values()}
-        bare = {recipe for recipe, tensors in groups.items() if named.isdisjoint(map(id, tensors))}
+        registered = self._registered()
+        bare = {recipe for recipe, tensors in groups.items() if registered.isdisjoint(map(id, tensors))}
         with self._flattening():
             audit.allocate(groups, bare)
 
@@ -330,6 +331,10 @@ class Recorder:
         modules = self._living_modules()
         children = {id(child) for module in modules for child in module._modules.values()}
         return [module for module in modules if id(module) not in children]
+
+    def _registered(self) -> set[int]:
+        """Identities of what living modules have as parameters."""
+        return {id(param) for module in self._living_modules() for param in module._parameters.values()}
 
     def _living_modules(self) -> list[torch.nn.Module]:
         """Those, and what is in them: copies come whole."""
