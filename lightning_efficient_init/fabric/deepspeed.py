@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from lightning.fabric.plugins.precision import DeepSpeedPrecision
@@ -11,6 +12,7 @@ from lightning.fabric.utilities.types import _PATH
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from lightning_efficient_init.checkpoint.deepspeed import num_ranks
 from lightning_efficient_init.deferred import watch
 from lightning_efficient_init.errors import UnsupportedCheckpointError
 from lightning_efficient_init.fabric.sharded import RecordsModules
@@ -93,7 +95,7 @@ class EfficientDeepSpeedStrategy(PartitionsModules, RecordsModules, DeepSpeedStr
             weights_only: Whether the pickle may only hold tensors and plain containers (the default).
 
         Returns:
-            What was not asked for; its tensors are lazy, unless DeepSpeed has saved them.
+            What was not asked for; its tensors are lazy, unless DeepSpeed restores them.
 
         Raises:
             UnsupportedCheckpointError: An optimizer is to be restored from what DeepSpeed has not saved, or not with
@@ -107,10 +109,11 @@ class EfficientDeepSpeedStrategy(PartitionsModules, RecordsModules, DeepSpeedStr
             return DeepSpeedStrategy.load_checkpoint(self, path, state, strict)
         objects = state.values() if isinstance(state, dict) else [state]
         if self._is_streamed(path) and any(isinstance(obj, DeepSpeedOptimizer | Optimizer) for obj in objects):
+            saving = num_ranks(os.fspath(path))
+            found = f"one of {saving}" if saving else "another checkpoint"
             raise UnsupportedCheckpointError(
                 f"{path}: expected a folder that DeepSpeed has saved with {self.world_size} ranks, as there are now, "
-                "and the model that was trained; found another checkpoint. DeepSpeed cannot take over an optimizer's "
-                "state from that. Load the model alone, or with its optimizer what fabric.save has written with this "
-                "strategy and as many ranks."
+                f"found {found}; DeepSpeed cannot take over an optimizer's state from that. Load the model alone, or "
+                "the model and its optimizer from what fabric.save has written with this strategy and as many ranks."
             )
         return super().load_checkpoint(path, state, strict, weights_only)
