@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch.nn.modules.module import register_module_module_registration_hook
 
 from lightning_efficient_init.deferred import recurrent
 from lightning_efficient_init.deferred.active import current
@@ -20,23 +19,9 @@ from lightning_efficient_init.deferred.wording import misuse
 from lightning_efficient_init.patching import ScopedPatch, patching
 
 
-@contextmanager
-def patched() -> Iterator[None]:
+def patched() -> AbstractContextManager[None]:
     """All of them."""
-    noticing = register_module_module_registration_hook(_notice_modules)
-    try:
-        with patching(_PATCHES):
-            yield
-    finally:
-        noticing.remove()
-
-
-def _notice_modules(module: torch.nn.Module, name: str, child: torch.nn.Module | None) -> None:
-    recorder = current()
-    if recorder is not None:
-        recorder.notice(module)
-        if child is not None:
-            recorder.notice(child)
+    return patching(_PATCHES)
 
 
 def _new_parameter(original: Callable[..., Any], cls: Any, data: Any = None, requires_grad: bool = True) -> Any:
@@ -82,7 +67,6 @@ def _register(original: Callable[..., Any], module: torch.nn.Module, name: str, 
     recorder = current()
     if recorder is None or param is None:
         return
-    recorder.notice(module)
     with torch._C.DisableTorchFunction():
         recipe = recipe_of(param) if param.is_meta else None
         if recipe is not None:

@@ -32,9 +32,10 @@ What it costs, and where exactness ends
     The garbage collector waits until the recording ends: it took a fifth of the time, and a full pass over all imported
     libraries, a quarter of a second, may fall into any recording. What is deferred has no memory that it could free.
     What was computed from a parameter, and kept, has its value, but no way back to it for gradients. A view has.
-    Parameters that no module registers are found in containers, and in modules there (reach.py). What only a closure or
-    a plain object holds gets its values when the recording ends; a module there at its first use; and after
-    `deferred_init` what requires gradients with the first module of the recording that is materialized.
+    Parameters that no module registers are found in containers and plain objects that modules have as attributes, and in
+    modules there (reach.py). What only a closure holds, or an object further away, gets its values when the recording
+    ends, unless a module of its own has registered it; what requires gradients there, and is nobody's parameter, with the
+    first module of the recording that is materialized.
     Where autocast is on, arithmetic with deferred tensors is refused: it would pass over them.
     A generator's state that is read while recording (``get_rng_state``) names a place in this recording, and means
     nothing outside of it. What another thread makes or writes in the meantime is its own: it is not recorded.
@@ -56,7 +57,7 @@ Decided against
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,7 +73,6 @@ from lightning_efficient_init.deferred.recipe import Recipe, Ref, attach, living
 from lightning_efficient_init.deferred.replay import evaluate
 from lightning_efficient_init.deferred.streams import places
 from lightning_efficient_init.deferred.tape import Tape
-from lightning_efficient_init.deferred.watch import watch
 from lightning_efficient_init.garbage import collections_paused
 
 
@@ -137,9 +137,6 @@ def empty_init() -> Iterator[None]:
             yield
         if not nested:
             recorder.allocate()
-            if len(roots := recorder.roots()) > 1:  # who sets up one of them may not know of the others
-                for root in roots:
-                    watch(root)
 
 
 @contextmanager
@@ -214,7 +211,6 @@ class Recorder:
         self._sharing: dict[int, dict[int, weakref.ref[torch.Tensor]]] = {}  # by recipe
         self._twinned: list[Recipe] = []
         self._trained: list[weakref.ref[torch.Tensor]] = []  # that require gradients, and are no parameters
-        self._modules: dict[int, weakref.ref[torch.nn.Module]] = {}
 
     # -- the lifecycle
 
@@ -247,14 +243,13 @@ class Recorder:
         lone = [r for r, tensors in groups.items() if r not in shared and not any(t.requires_grad for t in tensors)]
         for recipe, storage in evaluate(lone).items():
             parameter.give_memory(groups.pop(recipe), storage)
-        registered = self._registered()
         companions: list[weakref.ref[torch.Tensor]] = []
         for recipe, tensors in groups.items():
             if recipe not in shared or len(tensors) > 1:
                 recipe.aliases = [weakref.ref(t) for t in tensors]
             if recipe not in shared:
                 self._trained += recipe.aliases
-            if registered.isdisjoint(map(id, tensors)):
+            if not _may_be_registered(recipe, tensors):
                 companions.append(weakref.ref(tensors[0]))
             for tensor in tensors:
                 parameter.guard(tensor)
@@ -278,13 +273,11 @@ class Recorder:
     def allocate(self) -> None:
         """Give memory to the parameters that were recorded here, are alive, and are deferred.
 
-        What no living module has registered, and no checkpoint can reach by a name, gets its values as well.
+        What no module has registered, and no checkpoint can reach by a name, gets its values as well.
         """
         groups = self._waiting()
-        registered = self._registered()
-        bare = {recipe for recipe, tensors in groups.items() if registered.isdisjoint(map(id, tensors))}
         with self._flattening():
-            audit.allocate(groups, bare)
+            audit.allocate(groups, {r for r, tensors in groups.items() if not _may_be_registered(r, tensors)})
 
     @parameter.undisturbed()
     def materialize(self) -> None:
@@ -320,32 +313,6 @@ class Recorder:
             recipe.is_postponed, recipe.is_optional = True, is_optional
 
     # -- keeping track
-
-    def notice(self, module: torch.nn.Module) -> None:
-        """Remember a module that has registered something, or was registered."""
-        if id(module) not in self._modules or self._modules[id(module)]() is not module:
-            self._modules[id(module)] = weakref.ref(module)
-
-    def roots(self) -> list[torch.nn.Module]:
-        """Models: modules that no other one has registered. One in a plain object of another model is such, too."""
-        modules = self._living_modules()
-        children = {id(child) for module in modules for child in module._modules.values()}
-        return [module for module in modules if id(module) not in children]
-
-    def _registered(self) -> set[int]:
-        """Identities of what living modules have as parameters."""
-        return {id(param) for module in self._living_modules() for param in module._parameters.values()}
-
-    def _living_modules(self) -> list[torch.nn.Module]:
-        """Those, and what is in them: copies come whole."""
-        waiting = [module for ref in self._modules.values() if (module := ref()) is not None]
-        found: dict[int, torch.nn.Module] = {}
-        while waiting:
-            module = waiting.pop()
-            if id(module) not in found:
-                found[id(module)] = module
-                waiting += [child for child in module._modules.values() if child is not None]
-        return list(found.values())
 
     def track(self, value: Any) -> None:
         """Remember deferred tensors among ``value``, without keeping them alive."""
@@ -431,6 +398,12 @@ class Recorder:
             if storage is not None and recipe.stale:
                 storage._fix_weakref()  # type: ignore[attr-defined]  # see `living`
                 _refresh_memory(recipe, storage)
+
+
+def _may_be_registered(recipe: Recipe, tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether a module may have one of these tensors, of one recipe, as a parameter."""
+    is_parameter = any(isinstance(tensor, torch.nn.Parameter) for tensor in tensors)
+    return is_parameter and (recipe.label is not None or not recipe.ops)
 
 
 def _refresh_memory(recipe: Recipe, storage: torch.UntypedStorage) -> None:

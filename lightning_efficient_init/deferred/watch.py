@@ -25,11 +25,9 @@ def watch(model: torch.nn.Module) -> None:
     """At first use (a forward, or saving) initialize what nobody has written by then, with one warning.
 
     The hooks remove themselves. Loading between now and the first use is normal, and silent. A model in which every
-    parameter has been written for sure is left alone, as is one that is watched. A deep copy is watched on its own
-    account; but what is still empty in it when the model is initialized gets the same values.
+    parameter has been written for sure is left alone. A deep copy is watched on its own account; but what is still
+    empty in it when the model is initialized gets the same values.
     """
-    if any(isinstance(hook, _Watch) and hook.is_of(model) for hook in model._forward_pre_hooks.values()):
-        return
     if not audit.is_pending(model):
         return
     hook = _Watch(model)
@@ -57,10 +55,6 @@ class _Watch:
     def __init__(self, root: torch.nn.Module | None = None) -> None:
         self._root = root
         self._is_done = False
-
-    def is_of(self, model: torch.nn.Module) -> bool:
-        """Whether ``model`` is what is watched, and not a part of it."""
-        return self._root is model
 
     def __call__(self, module: torch.nn.Module, *_: Any) -> None:
         if self._is_done:
