@@ -91,12 +91,20 @@ class Answers(TorchFunctionMode):
             with torch._C.DisableTorchFunction() if is_last else torch._C.DisableTorchFunctionSubclass():
                 out = func(*args, **kwargs)
         except RuntimeError as error:
-            if isinstance(error, EfficientInitError) or self._recorder.paused:
+            if self._recorder.paused or not _lacks_memory(error, args, kwargs):
                 raise
         else:
             return _tracked(self._recorder, out) if isinstance(out, _MAY_HOLD_TENSORS) else out
         with self._recorder.pausing(True):  # for want of memory, or of values; else it raises as in eager construction
             return _looks_at_devices(self._recorder, func, args, kwargs)
+
+
+def _lacks_memory(error: RuntimeError, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call may have failed because tensors have none: its arguments, or what it makes along the way."""
+    if isinstance(error, EfficientInitError):
+        return False
+    with torch._C.DisableTorchFunction():
+        return "data is not allocated yet" in str(error) or any(map(is_deferred, tensors_in(args, kwargs)))
 
 
 def _is_ours(kind: type) -> bool:

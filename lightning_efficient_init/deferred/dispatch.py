@@ -39,6 +39,7 @@ aten = torch.ops.aten
 _NUMBERS = (int, float, bool)
 _MOST_NUMBERS = 4
 _PROBED_BYTES = 1 << 24
+_known_geometries: dict[Any, bool] = {}
 _KIND_OPTIONS = frozenset({"dtype", "device"})
 _PLAIN_OPTIONS = _KIND_OPTIONS | {"pin_memory"}
 _NEVER_CAST = {aten.clone.default, aten._to_copy.default}
@@ -310,23 +311,37 @@ def _is_as_in_memory(
     """Whether ``out``, made on meta of arguments with these ``tensors``, has the strides and dtypes that it should.
 
     Kernels add up in the order of strides, so other strides end in other values. Of contiguous tensors nearly all
-    operators make contiguous ones, wherever they run. For the rest the device's kernel is asked, with zeros. What is
-    too large for that is taken for right, unless the operator is known to differ.
+    operators make contiguous ones, wherever they run, and pointwise ones decide in the same way everywhere. For the
+    rest the device's kernel is asked, once for each geometry, with zeros. What is too large for that is taken for
+    right, unless the operator is known to differ.
     """
     fresh = _fresh(out)
-    if not fresh or traits.is_random or traits.func in _NEVER_CAST:
+    if not fresh or traits.is_random or traits.is_pointwise or traits.func in _NEVER_CAST:
         return True
     shown = [*filter(is_strided, tensors), *fresh]
     if not traits.is_unlike_meta and all(t.is_contiguous() for t in shown):
         return True
     if sum(_span(t) * t.element_size() for t in shown) > _PROBED_BYTES:
         return not traits.is_unlike_meta
+    key = traits.func, repr(map_tensors(_geometry, (args, kwargs)))
+    if key not in _known_geometries:
+        _known_geometries[key] = _is_as_with_zeros(traits, args, kwargs, out)
+    return _known_geometries[key]
+
+
+def _is_as_with_zeros(traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> bool:
     try:
         with torch._C._DisableTorchDispatch():
             found = traits.func(*map_tensors(_zeros, args), **map_tensors(_zeros, kwargs))
+    except NotImplementedError:  # it has no kernel there: whoever wants its values is told, and perhaps nobody does
+        return True
     except Exception:  # it wants other values than zeros
         return False
     return _kinds(found) == _kinds(out)
+
+
+def _geometry(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, recorded_device((tensor,), {}), tuple(tensor.shape), tensor.stride()
 
 
 def _zeros(tensor: torch.Tensor) -> torch.Tensor:

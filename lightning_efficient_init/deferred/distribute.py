@@ -80,7 +80,7 @@ def prepare(module: Module, device: torch.device, known: Windows | None = None) 
         `windows` of what is deferred.
 
     Raises:
-        DeferredInitError: The ranks have recorded different models.
+        DeferredInitError: The ranks have recorded different models, or some have written what others have not.
         DeferredParameterError: Nobody has written a parameter's memory, and its recipe is gone.
     """
     refs = {**(known or {}), **windows(module)}
@@ -88,10 +88,15 @@ def prepare(module: Module, device: torch.device, known: Windows | None = None) 
         whole = {name: p for name, p in named_parameters(module) if not p.is_meta and part_of(p) is None}
     empty = [name for name in audit.uninitialized_parameters(module) if name in whole]
     audit.check_recipes(module, empty)
-    kept_ones = [param for param in whole.values() if kept.recipe_of_empty(param) is not None]
-    agree([*refs.values(), *map(kept.window_of, kept_ones)], device)
-    fill_empty([*map(whole.__getitem__, empty), *audit.empty_copies(kept_ones, module.parameters())])
-    for param in kept_ones:
+    recorded = {name: param for name, param in whole.items() if kept.recipe_of_empty(param) is not None}
+    if other := {name for found in exchange([*recorded]) for name in recorded.keys() ^ found}:
+        raise DeferredInitError(
+            f"{shorten(sorted(other))}: built empty, and by now written or initialized on some ranks, not on all. Use "
+            "or load a model on all ranks, or on none, before it is set up with another strategy."
+        )
+    agree([*refs.values(), *map(kept.window_of, recorded.values())], device)
+    fill_empty([*map(whole.__getitem__, empty), *audit.empty_copies(recorded.values(), module.parameters())])
+    for param in recorded.values():
         kept.forget(param)
     release(module)
     return refs
@@ -158,26 +163,38 @@ def initialize_required(module: Module) -> None:
 
 
 def share_buffers(module: Module, group: Any = None) -> None:
-    """Give all ranks rank 0's buffers, which may hold random numbers."""
+    """Give all ranks rank 0's buffers, which may hold random numbers.
+
+    Raises:
+        DeferredInitError: The ranks have other buffers.
+    """
     if is_alone(group):
         return
-    exchange(None, group)
+    buffers = {n: b for n, b in module.named_buffers() if not (b.is_meta or is_dtensor(b)) and b.numel()}
+    owned = {name: _without_repeats(buffer.detach()) for name, buffer in buffers.items()}
+    kinds = exchange({name: (tuple(t.shape), str(t.dtype), str(t.layout)) for name, t in owned.items()}, group)
+    if other := {name for found in kinds for name, _ in found.items() ^ kinds[0].items()}:
+        raise DeferredInitError(
+            f"{shorten(sorted(other))}: expected buffers of one shape, dtype and layout on all ranks, found others. "
+            "Build the same model on every rank."
+        )
     source = distributed.get_global_rank(group, 0) if group is not None else 0
-    for buffer in module.buffers():
-        if buffer.is_meta or is_dtensor(buffer) or not buffer.numel():
+    for name, own in owned.items():
+        if own.layout is not torch.strided or own.is_quantized:
+            parameter.exchange(buffers[name], from_first(own.cpu(), group).to(own.device))
             continue
-        if not _is_writable(buffer):
-            parameter.exchange(buffer, from_first(buffer.detach().cpu(), group).to(buffer.device))
-            continue
-        flat = buffer.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
+        flat = own.resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
         distributed.broadcast(flat, source, group=group)
-        if flat.data_ptr() != buffer.data_ptr():
-            buffer.detach().copy_(flat.view(buffer.dtype).view(buffer.shape))
+        if flat.data_ptr() != own.data_ptr():
+            own.copy_(flat.view(own.dtype).view(own.shape))
 
 
-def _is_writable(tensor: torch.Tensor) -> bool:
-    """Whether ``tensor`` has an ordinary element of its own at each index: it is neither sparse nor expanded."""
-    return tensor.layout is torch.strided and not tensor.is_quantized and 0 not in tensor.stride()
+def _without_repeats(tensor: torch.Tensor) -> torch.Tensor:
+    """A view that has each element of an expanded tensor once; other tensors as they are."""
+    steps = tensor.stride() if tensor.layout is torch.strided else ()
+    for dim in reversed([dim for dim, step in enumerate(steps) if step == 0]):
+        tensor = tensor.select(dim, 0)
+    return tensor
 
 
 def move_whole(module: Module, device: torch.device) -> None:

@@ -63,6 +63,7 @@ class Traits:
         is_like: It needs the shape of its first argument only.
         is_lift: It makes a tensor of Python's numbers.
         is_set: It exchanges memory.
+        is_pointwise: Each element of its result depends on one of each argument.
         is_unlike_meta: Even of contiguous tensors its kernel may make some of other strides or dtypes than on meta.
         wants_values: It answers with something that is no tensor.
         is_in_place: It returns its first argument, the only one that it writes.
@@ -82,6 +83,7 @@ class Traits:
     is_like: bool
     is_lift: bool
     is_set: bool
+    is_pointwise: bool
     is_unlike_meta: bool
     wants_values: bool
     is_in_place: bool
@@ -115,6 +117,7 @@ def _look_at(func: Any) -> Traits:
         is_like=func in LIKE,
         is_lift=func in _LIFTS,
         is_set=func in _SETS,
+        is_pointwise=torch.Tag.pointwise in getattr(func, "tags", ()),
         is_unlike_meta=func in _UNLIKE_META,
         wants_values=func in _VALUES,
         is_in_place=_is_in_place(func, writes),

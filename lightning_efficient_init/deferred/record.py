@@ -32,10 +32,10 @@ What it costs, and where exactness ends
     The garbage collector waits until the recording ends: it took a fifth of the time, and a full pass over all imported
     libraries, a quarter of a second, may fall into any recording. What is deferred has no memory that it could free.
     What was computed from a parameter, and kept, has its value, but no way back to it for gradients. A view has.
-    Parameters that no module registers are found in containers and plain objects that modules have as attributes, and in
-    modules there (reach.py). What only a closure holds, or an object further away, gets its values when the recording
-    ends, unless a module of its own has registered it; what requires gradients there, and is nobody's parameter, with the
-    first module of the recording that is materialized.
+    Parameters that no module registers are found in containers and plain objects that modules have as attributes, and
+    in modules there (reach.py). What only a closure holds, or an object further away, gets its values when the
+    recording ends, unless a module of its own has registered it; what requires gradients there, and is nobody's
+    parameter, with the first module of the recording that is materialized.
     Where autocast is on, arithmetic with deferred tensors is refused: it would pass over them.
     A generator's state that is read while recording (``get_rng_state``) names a place in this recording, and means
     nothing outside of it. What another thread makes or writes in the meantime is its own: it is not recorded.

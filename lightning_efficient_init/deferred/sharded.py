@@ -167,10 +167,11 @@ def _streams(ops: Iterable[Op]) -> Iterator[Stream]:
 
 def from_first(value: Any, group: Any) -> Any:
     """What rank 0 of the group has; anything that can be pickled. All ranks come here."""
+    sent = pickle.dumps(value) if distributed.get_rank(group) == 0 else b""  # if this fails, the others still listen
     exchange(None, group)
-    box = [value]
+    box = [sent]
     distributed.broadcast_object_list(box, src=distributed.get_global_rank(group, 0) if group else 0, group=group)
-    return box[0]
+    return pickle.loads(box[0])
 
 
 def _name_of(func: Any) -> str:

@@ -82,7 +82,7 @@ def order_writes(tensors: Mapping[str, torch.Tensor], binding: Binding) -> Write
 
 def _still_there(direct: Mapping[str, Segment]) -> Mapping[str, Segment]:
     """Those whose memory nobody has exchanged since, as loading code of modules may that are bound after others."""
-    moved = {name for name, segment in direct.items() if segment.address != segment.memory.data_ptr()}
+    moved = {name for name, segment in direct.items() if not segment.is_current}
     return {name: segment for name, segment in direct.items() if name not in moved} if moved else direct
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from lightning_efficient_init.rendezvous import exchange
 from lightning_efficient_init.sharding.part import Stretch
 
 PARTITION = "ds_tensor"  # of a parameter, while it is divided
@@ -62,7 +63,9 @@ def partition(param: Any, whole: torch.Tensor, engine: Any) -> None:
 
 
 def partition_real(params: Iterable[Any], engine: Any) -> None:
-    """Keep this rank's part of parameters that have values: those of rank 0. All ranks come here.
+    """Keep this rank's part of parameters that have values: those of rank 0, which DeepSpeed broadcasts.
+
+    All ranks come here.
 
     Args:
         params: Parameters, of which those that have been partitioned stay as they are.
@@ -71,6 +74,7 @@ def partition_real(params: Iterable[Any], engine: Any) -> None:
     real = [param for param in params if not is_partitioned(param)]
     for param in real:
         param.data = _in_dtype(param.data, engine)  # `deepspeed.initialize` casts what has not been partitioned
+    exchange()
     engine._convert_to_zero_parameters(real)
 
 

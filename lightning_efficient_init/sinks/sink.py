@@ -113,6 +113,13 @@ class Segment:
         """Number of elements."""
         return self.num_bytes // self.dtype.itemsize
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the memory is where it was, of the same size and dtype."""
+        memory, address = self.memory, self.memory.data_ptr()
+        is_raw = self.dtype is memory.dtype
+        return address == self.address and address + memory.nbytes == self.end_address and is_raw == self.is_raw
+
     def segments(self) -> Sequence[Segment]:
         """Itself."""
         return (self,)

@@ -29,7 +29,6 @@ from lightning_efficient_init.load.postponed import has_waiting, take_waiting
 from lightning_efficient_init.load.replicas import agreed
 from lightning_efficient_init.patching import ScopedPatch, patching
 from lightning_efficient_init.precision import EfficientInit, cast_module
-from lightning_efficient_init.rendezvous import exchange
 from lightning_efficient_init.sharding import partition, partition_real
 from lightning_efficient_init.strategies.sharded import ShardsModules
 
@@ -54,7 +53,6 @@ def make_partitions(module: Module, engine: Any, device: torch.device, *, is_emp
             wanted.append((ref, partial(partition, param, engine=engine)))
     evaluate_each(wanted, device)
     materialize_deferred(module, device)  # buffers and attributes that share a parameter's memory, for instance
-    exchange()  # what comes is DeepSpeed's to broadcast
     partition_real(module.parameters(), engine)
     move_whole(module, device)
     share_buffers(module)

@@ -293,6 +293,12 @@ def test_parameters_that_are_not_registered_are_initialized_when_the_others_are_
     assert torch.equal(found(torch.ones(1, 4)), expected(torch.ones(1, 4)))
 
 
+def test_a_copy_that_nothing_registers_is_as_empty_as_its_original():
+    with empty_init():
+        model = copy.deepcopy(Net())
+    assert uninitialized_parameters(model) == NAMES
+
+
 class Plain:
     """No module, no container."""
 

@@ -10,9 +10,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lightning_efficient_init import deferred_init, uninitialized_parameters
-from lightning_efficient_init.deferred import distribute
+from lightning_efficient_init.deferred import distribute, share_buffers
 from lightning_efficient_init.deferred.sharded import windows
 from lightning_efficient_init.errors import DeferredInitError
+from lightning_efficient_init.rendezvous import agree
 
 CPU = torch.device("cpu")
 
@@ -219,6 +220,8 @@ class Graph(nn.Module):
         self.register_buffer("sparse", torch.rand(3, 3).gt(0.5).float().to_sparse(), persistent=False)
         self.register_buffer("rows", torch.rand(3, 3).gt(0.5).float().to_sparse_csr())
         self.register_buffer("expanded", torch.rand(1).expand(3))
+        self.register_buffer("shown", torch.rand(2, 1))
+        self.register_buffer("twice", self.shown.expand(2, 3))
         self.register_buffer("conjugated", numbers.conj())
         self.register_buffer("negated", numbers.conj().imag)
         self.register_buffer("quantized", torch.quantize_per_tensor(torch.rand(3), 0.1, 0, torch.quint8))
@@ -239,7 +242,30 @@ def _init_graph(rank):
     for name, buffer in model.named_buffers():
         assert buffer is before[name], name
         assert buffer.layout is {"sparse": torch.sparse_coo, "rows": torch.sparse_csr}.get(name, torch.strided)
+    assert model.twice.data_ptr() == model.shown.data_ptr()
     return _buffers(model)
+
+
+BUFFERS = {
+    "of another shape": (lambda rank: torch.ones(2, 3) if rank else torch.ones(3, 3), "found others"),
+    "expanded on one": (lambda rank: torch.ones(2, 1).expand(2, 3) if rank else torch.ones(2, 3), "found others"),
+    "of a layout without memory": (lambda rank: torch.ones(2, 3).to_mkldnn(), "storage"),
+}
+
+
+def _share_what_cannot_be_shared(rank, kind):
+    distributed.init_process_group("gloo")
+    model = nn.Module()
+    model.register_buffer("odd", BUFFERS[kind][0](rank))
+    with pytest.raises((DeferredInitError, RuntimeError)) as failed, agree():
+        share_buffers(model)
+    return str(failed.value)
+
+
+@pytest.mark.parametrize("kind", BUFFERS)
+def test_buffers_that_cannot_be_shared_are_an_error_on_all_ranks(kind):
+    for message in run_ranks(_share_what_cannot_be_shared, 2, kind):
+        assert BUFFERS[kind][1] in message
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # some layouts are new, others on their way out

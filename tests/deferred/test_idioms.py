@@ -427,6 +427,28 @@ def test_code_is_traced_in_the_midst_of_a_recording():
     assert [node.target for node in graph.graph.nodes] == ["x", torch.relu, torch.cat, "output"]
 
 
+@pytest.mark.parametrize("context", [deferred_init, empty_init])
+def test_an_initializer_without_a_kernel_for_the_dtype_may_be_recorded(context):
+    with context():
+        layer = nn.Linear(4, 4, dtype=torch.bfloat16)
+        nn.init.orthogonal_(layer.weight)
+    layer.load_state_dict(nn.Linear(4, 4, dtype=torch.bfloat16).state_dict())
+
+
+def test_a_function_that_fails_draws_once():
+    def build():
+        with pytest.raises(RuntimeError, match="too large"):
+            functional.fractional_max_pool2d_with_indices(torch.ones(1, 1, 4, 4), 2, output_size=9)
+        return nn.Linear(2, 2)
+
+    torch.manual_seed(0)
+    expected = build()
+    torch.manual_seed(0)
+    with deferred_init():
+        found = build()
+    assert torch.equal(materialize(found).weight, expected.weight)
+
+
 def test_an_error_is_that_of_eager_construction():
     with deferred_init(), pytest.raises(RuntimeError, match="must match the size of tensor b") as error:
         torch.add(torch.randn(3), torch.randn(4))

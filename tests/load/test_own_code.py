@@ -358,21 +358,25 @@ def test_code_that_computes_does_not_bring_the_checkpoint_into_memory(tmp_path):
 class Neighbour(nn.Module):
     """Exchanges the memory of another module as it is loaded, which was bound before."""
 
-    def __init__(self):
+    def __init__(self, change):
         super().__init__()
         self.first = nn.Linear(3, 3)
         self.second = nn.Linear(3, 3)
-        self.second._register_load_state_dict_pre_hook(self._exchange)
+        self.change = change
+        self.first._register_load_state_dict_pre_hook(self._exchange)
 
     def _exchange(self, *_):
-        self.first.weight.data = torch.zeros(3, 3)
+        self.second.weight.requires_grad_(False).data = self.change(self.second.weight.data)
 
 
-def test_code_that_exchanges_the_memory_of_another_module_is_followed(tmp_path):
-    source, model = Neighbour(), Neighbour()
+@pytest.mark.parametrize("change", [torch.zeros_like, lambda weight: weight.view(torch.int32)])
+def test_code_that_exchanges_the_memory_of_another_module_is_followed(change, tmp_path):
+    source, model, expected = Neighbour(change), Neighbour(change), Neighbour(change)
     torch.save(source.state_dict(), tmp_path / "w.pt")
     load_checkpoint(model, tmp_path / "w.pt")
-    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), model.parameters(), strict=True))
+    expected.load_state_dict(source.state_dict())
+    assert model.second.weight.dtype == expected.second.weight.dtype
+    assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), model.parameters(), strict=True))
 
 
 def test_an_error_in_loading_code_comes_through_and_nothing_changes(tmp_path, bits):
