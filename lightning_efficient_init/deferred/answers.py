@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 
 _MAY_HOLD_TENSORS = (torch.Tensor, tuple, list)
+_PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 _COMPILED = frozenset({BuiltinFunctionType, MethodDescriptorType, MethodWrapperType})
 _CONSTRUCTORS = _device_constructors()
 
@@ -58,7 +59,7 @@ class Answers(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         recorder = self._recorder
-        if types and torch._C._is_torch_function_enabled() and not all(map(_is_ours, types)):
+        if types and not _PLAIN_TYPES.issuperset(types) and _is_to_be_asked(types):
             return self._ask(func, types, args, kwargs)
         recorder.autocast = _autocast_devices()
         outer, recorder.call = recorder.call, (args, kwargs)
@@ -105,6 +106,11 @@ def _lacks_memory(error: RuntimeError, args: tuple[Any, ...], kwargs: dict[str, 
         return False
     with torch._C.DisableTorchFunction():
         return "data is not allocated yet" in str(error) or any(map(is_deferred, tensors_in(args, kwargs)))
+
+
+def _is_to_be_asked(types: Any) -> bool:
+    """Whether there are classes of others among ``types``, and nobody has switched them off."""
+    return torch._C._is_torch_function_enabled() and not all(map(_is_ours, types))
 
 
 def _is_ours(kind: type) -> bool:

@@ -249,7 +249,7 @@ class Recorder:
                 recipe.aliases = [weakref.ref(t) for t in tensors]
             if recipe not in shared:
                 self._trained += recipe.aliases
-            if not _may_be_registered(recipe, tensors):
+            if recipe not in shared or (recipe.label is None and recipe.ops):
                 companions.append(weakref.ref(tensors[0]))
             for tensor in tensors:
                 parameter.guard(tensor)
