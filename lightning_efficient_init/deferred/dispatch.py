@@ -29,7 +29,7 @@ from lightning_efficient_init.deferred.initializers import FILLS
 from lightning_efficient_init.deferred.operators import LIKE, Traits, traits_of
 from lightning_efficient_init.deferred.recipe import Op, Recipe, Ref, recipe_of
 from lightning_efficient_init.deferred.replay import evaluate
-from lightning_efficient_init.deferred.tape import as_list
+from lightning_efficient_init.deferred.tape import as_list, fresh_in
 from lightning_efficient_init.deferred.wording import refusal
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class Dispatch(TorchDispatchMode):
         """Whether autocast might cast for an operation, which made ``out``, if it ran for real."""
         if traits.func in _NEVER_CAST or recorded_device(args, kwargs).type not in self._recorder.autocast:
             return False
-        return any(t.is_floating_point() for t in _fresh(out))
+        return any(t.is_floating_point() for t in fresh_in(out))
 
     def _check_recipes(self, traits: Traits, tensors: list[torch.Tensor]) -> None:
         for tensor in tensors:
@@ -300,11 +300,6 @@ def _shape_of(traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return traits.func(*args, **{**kwargs, "device": META, "pin_memory": False})  # type: ignore[no-any-return]
 
 
-def _fresh(out: Any) -> list[torch.Tensor]:
-    """What an operation on meta has returned in memory of its own."""
-    return [t for t in as_list(out) if is_strided(t) and recipe_of(t) is None]
-
-
 def _is_as_in_memory(
     traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor], out: Any
 ) -> bool:
@@ -315,7 +310,7 @@ def _is_as_in_memory(
     rest the device's kernel is asked, once for each geometry, with zeros. What is too large for that is taken for
     right, unless the operator is known to differ.
     """
-    fresh = _fresh(out)
+    fresh = fresh_in(out)
     if not fresh or traits.is_random or traits.is_pointwise or traits.func in _NEVER_CAST:
         return True
     shown = [*filter(is_strided, tensors), *fresh]

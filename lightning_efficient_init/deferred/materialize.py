@@ -29,7 +29,7 @@ def is_deferred(module_or_tensor: torch.nn.Module | torch.Tensor) -> bool:
 
 def has_recipe(tensor: torch.Tensor) -> bool:
     """Whether ``tensor`` can still be initialized: it is deferred, or it is empty and nobody forgot its recipe."""
-    return is_deferred(tensor) or kept.recipe_of_empty(tensor) is not None
+    return have_recipes((tensor,))
 
 
 def have_recipes(tensors: Iterable[torch.Tensor]) -> bool:
@@ -93,7 +93,7 @@ def materialize_deferred(
 
 
 def _companions(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Deferred tensors that were recorded with some of ``tensors``, and that only code knows where to find."""
+    """Deferred tensors that were recorded with some of ``tensors``, and that no module has registered."""
     with torch._C.DisableTorchFunction():
         recipes = [recipe for tensor in tensors if tensor.is_meta and (recipe := recipe_of(tensor)) is not None]
         recorded = {id(recipe.companions): recipe.companions for recipe in recipes}

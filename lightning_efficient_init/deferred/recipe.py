@@ -35,7 +35,7 @@ class Recipe:
         is_loaded: Its values come from outside of the recording, at least in part: a checkpoint was loaded into it.
         stale: ``real`` lacks what was written through the parameter since.
         aliases: Tensors that share the memory, where it is more than one parameter.
-        companions: Tensors of the same recording that no module may ever show.
+        companions: Tensors of the same recording that no module has registered.
         layer: The recurrent layer whose weights are to be in one piece of memory once all of them have some.
         form: How the one parameter in this memory keeps its values, where that is not as a plain tensor.
     """

@@ -249,7 +249,7 @@ class Recorder:
                 recipe.aliases = [weakref.ref(t) for t in tensors]
             if recipe not in shared:
                 self._trained += recipe.aliases
-            if recipe not in shared or (recipe.label is None and recipe.ops):
+            if not _may_be_registered(recipe, tensors):
                 companions.append(weakref.ref(tensors[0]))
             for tensor in tensors:
                 parameter.guard(tensor)
@@ -402,8 +402,9 @@ class Recorder:
 
 def _may_be_registered(recipe: Recipe, tensors: Sequence[torch.Tensor]) -> bool:
     """Whether a module may have one of these tensors, of one recipe, as a parameter."""
-    is_parameter = any(isinstance(tensor, torch.nn.Parameter) for tensor in tensors)
-    return is_parameter and (recipe.label is not None or not recipe.ops)
+    if recipe.label is None and recipe.ops:
+        return False
+    return any(isinstance(tensor, torch.nn.Parameter) for tensor in tensors)
 
 
 def _refresh_memory(recipe: Recipe, storage: torch.UntypedStorage) -> None:

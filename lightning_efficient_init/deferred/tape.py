@@ -91,7 +91,7 @@ class Tape:
     ) -> None:
         """An operation on deferred tensors, which ran on meta and returned ``out``."""
         outs = as_list(out)
-        fresh = [t for t in outs if is_strided(t) and recipe_of(t) is None]
+        fresh = fresh_in(out)
         if not written and not fresh:
             return
         op_args, op_kwargs, reads = template(args, kwargs, copy=True)
@@ -234,6 +234,11 @@ def _fix_dtype(op: Op, out: torch.Tensor) -> None:
 def as_list(value: Any) -> list[Any]:
     """What an operation returned, one thing or several."""
     return list(value) if isinstance(value, tuple | list) else [value]
+
+
+def fresh_in(out: Any) -> list[torch.Tensor]:
+    """What an operation on meta has returned in memory of its own."""
+    return [t for t in as_list(out) if is_strided(t) and recipe_of(t) is None]
 
 
 def _overwrites(op: Op) -> bool:

@@ -149,15 +149,16 @@ def _write(
     with undisturbed():
         tensors = _with_memory(model, binding, names)
         writes = order_writes(tensors, binding)
+        read = writes.names()
         if mmap:
-            map_entries(model, {name: (tensors[name], binding.entries[name]) for name in writes.names()})
+            map_entries(model, {name: (tensors[name], binding.entries[name]) for name in read})
         else:
             sharing = replicas and replicas.confirm([_work(writes), settings])
             written: list[str] = []
             for wave in writes.waves:
                 _stream_wave(writes, wave, settings, meter, sharing, written)
-        _note_writes([tensors[name] for name in writes.names()])
-        refresh(tensors[name] for name in writes.names() if name in writes.parts)
+        _note_writes([tensors[name] for name in read])
+        refresh(tensors[name] for name in read if name in writes.parts)
     with torch.inference_mode():  # which may write to inference tensors as well as to others
         for tensor, value in writes.values:
             _copy_value(tensor, value)

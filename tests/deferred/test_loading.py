@@ -181,7 +181,7 @@ def test_a_part_that_is_loaded_leaves_the_rest_to_its_recipes():
     assert torch.equal(model[2].weight, expected[2].weight)
 
 
-def test_rows_written_inside_the_context_keep_the_others_as_initialized():
+def test_rows_written_inside_the_context_keep_the_others_as_initialized(same_as_eager):
     def extended():
         layer = nn.Embedding(1200, 300)
         with torch.no_grad():
@@ -189,12 +189,7 @@ def test_rows_written_inside_the_context_keep_the_others_as_initialized():
         return layer
 
     base = torch.randn(1000, 300)
-    torch.manual_seed(0)
-    expected = extended()
-    torch.manual_seed(0)
-    with deferred_init():
-        model = extended()
-    assert torch.equal(materialize(model).weight, expected.weight)
+    same_as_eager(extended, all_deferred=False)
 
 
 def test_torch_load_inside_the_context_reads_the_file(tmp_path):
