@@ -246,11 +246,10 @@ def record_fill(recorder: Recorder, func: Any, kwargs: dict[str, Any]) -> torch.
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or not _is_alone():
         return None
     op, numbers_of = FILLS[func]
-    with torch._C._DisableTorchDispatch():
-        if (numbers := numbers_of(kwargs)) is None or (recipe := _filled((tensor, *numbers))) is None:
-            return None
-        generator = {"generator": kwargs.get("generator")}
-        return recorder.tape.write_fill(traits_of(op), (tensor, *numbers), generator, recipe)
+    if (numbers := numbers_of(kwargs)) is None or (recipe := _filled((tensor, *numbers))) is None:
+        return None
+    generator = {"generator": kwargs.get("generator")}
+    return recorder.tape.write_fill(traits_of(op), (tensor, *numbers), generator, recipe)
 
 
 def _names_meta(value: Any) -> bool:

@@ -29,12 +29,13 @@ def _kaiming_bounds(options: Mapping[str, Any]) -> Numbers | None:
 @lru_cache(maxsize=4096, typed=True)  # of many layers, most have the shape of another one; True is no slope
 def _bounds(shape: tuple[int, ...], a: float, mode: str, nonlinearity: str) -> Numbers | None:
     """The bounds that torch works out for a tensor of this shape; None if it does something else with it, or fails."""
-    tensor = torch.empty(shape, device=META).as_subclass(_Notes)
-    try:
-        init.kaiming_uniform_(tensor, a, mode, nonlinearity)  # type: ignore[arg-type]
-    except Exception:  # it does so again when it is called for real
-        return None
-    return tensor.bounds
+    with torch._C._DisableTorchDispatch():
+        tensor = torch.empty(shape, device=META).as_subclass(_Notes)
+        try:
+            init.kaiming_uniform_(tensor, a, mode, nonlinearity)  # type: ignore[arg-type]
+        except Exception:  # it does so again when it is called for real
+            return None
+        return tensor.bounds
 
 
 class _Notes(torch.Tensor):
