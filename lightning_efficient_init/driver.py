@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 _HOST, _DEVICE = 1, 2
+_NON_BLOCKING = 1
 _MOST_BYTES_APART = (1 << 31) - 1  # the largest pitch of any device
 
 
@@ -33,6 +34,17 @@ class _Copy2D(ctypes.Structure):
         ("width", ctypes.c_size_t),
         ("height", ctypes.c_size_t),
     )
+
+
+@cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream for copies to a device, one for all of them. With its first own stream torch makes 127 more: 4 ms."""
+    create = _function("cuStreamCreate", (ctypes.POINTER(ctypes.c_void_p), ctypes.c_uint))
+    stream = ctypes.c_void_p()
+    with torch.cuda.device(device):
+        if create is None or create(ctypes.byref(stream), _NON_BLOCKING):
+            return torch.cuda.Stream(device)
+    return torch.cuda.ExternalStream(stream.value, device)
 
 
 @cache

@@ -10,6 +10,9 @@ rows, which a lane fetches one by one into consecutive memory, and nothing of wh
 
 A read holds segments whose bytes are all its own: those that it was made for, or parts of one that it does not hold
 alone. Nearly all are the former, so that many small tensors cost no more objects here than they are.
+
+Runs are known at once, as one look at each segment is all that they take. Each read is made when its turn comes: of a
+large model there are thousands, and the first one should not wait for the last.
 """
 
 from __future__ import annotations
@@ -60,16 +63,38 @@ class _Run:
     offset: int
     end: int
 
+    def starts(self, max_read_bytes: int) -> list[int]:
+        """Where its reads start."""
+        base = self.offset - self.offset % PAGE_BYTES
+        return [self.offset, *range(base + max_read_bytes, self.end, max_read_bytes)]
 
-def plan_reads(segments: Sequence[Segment], max_read_bytes: int) -> list[Read]:
-    """Cut the extents of ``segments`` into reads of at most ``max_read_bytes`` (a multiple of the page size)."""
-    is_one_file = len({segment.file for segment in segments}) == 1
-    ordered = sorted(segments, key=_BY_OFFSET if is_one_file else _BY_POSITION)
-    rows = [s for s in ordered if s.row_bytes]
-    runs = [s for s in ordered if not s.row_bytes] if rows else ordered
-    reads = [read for run in _runs(runs) for read in _cut(run, max_read_bytes)]
-    reads += [read for segment in rows for read in _cut_rows(segment, max_read_bytes)]
-    return sorted(reads, key=_BY_POSITION) if rows else reads
+
+class Reads:
+    """The extents of segments, cut into reads, in the order of their positions.
+
+    Args:
+        segments: What is to be read, in any order.
+        max_read_bytes: The most bytes of a read, a multiple of the page size.
+    """
+
+    def __init__(self, segments: Sequence[Segment], max_read_bytes: int) -> None:
+        is_one_file = len({segment.file for segment in segments}) == 1
+        ordered = sorted(segments, key=_BY_OFFSET if is_one_file else _BY_POSITION)
+        rows = [s for s in ordered if s.row_bytes]
+        runs = list(_runs([s for s in ordered if not s.row_bytes] if rows else ordered))
+        self._reads: Iterable[Read] = (read for run in runs for read in _cut(run, max_read_bytes))
+        self._count = sum(len(run.starts(max_read_bytes)) for run in runs)
+        if rows:
+            of_rows = [read for segment in rows for read in _cut_rows(segment, max_read_bytes)]
+            self._reads = sorted([*self._reads, *of_rows], key=_BY_POSITION)
+            self._count += len(of_rows)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Read]:
+        """Each read once: they are made on the way."""
+        return iter(self._reads)
 
 
 def extents_of(entries: Iterable[Entry]) -> list[Extent]:
@@ -114,23 +139,25 @@ def _runs(ordered: Iterable[Segment]) -> Iterator[_Run]:
         yield _Run(members, start, end)
 
 
-def _cut(run: _Run, max_read_bytes: int) -> list[Read]:
+def _cut(run: _Run, max_read_bytes: int) -> Iterator[Read]:
     """Cut one run into reads, and what does not fit into one read with them."""
-    file, base = run.segments[0].file, run.offset - run.offset % PAGE_BYTES
-    if run.end - base <= max_read_bytes:
-        return [Read(file, run.offset, run.end - run.offset, run.segments)]
-    starts = [run.offset, *range(base + max_read_bytes, run.end, max_read_bytes)]
-    held: list[list[Segment]] = [[] for _ in starts]
-    for segment in run.segments:
-        first = (segment.offset - base) // max_read_bytes
-        last = (segment.offset + segment.num_bytes - 1 - base) // max_read_bytes
-        if first == last:
-            held[first].append(segment)
-        else:
-            for number in range(first, last + 1):
-                held[number].append(_between(segment, starts[number], base + (number + 1) * max_read_bytes))
-    ends = [*starts[1:], run.end]
-    return [Read(file, a, b - a, segments) for a, b, segments in zip(starts, ends, held, strict=True)]
+    file, starts = run.segments[0].file, run.starts(max_read_bytes)
+    if len(starts) == 1:
+        yield Read(file, run.offset, run.end - run.offset, run.segments)
+        return
+    waiting = iter(run.segments)
+    following: Segment | None = next(waiting)
+    begun: list[Segment] = []  # that go on in the next read
+    for start, end in zip(starts, [*starts[1:], run.end], strict=True):
+        held = [_between(segment, start, end) for segment in begun]
+        begun = [segment for segment in begun if segment.offset + segment.num_bytes > end]
+        while following is not None and following.offset < end:
+            if following.offset + following.num_bytes > end:
+                begun.append(following)
+                following = _between(following, start, end)
+            held.append(following)
+            following = next(waiting, None)
+        yield Read(file, start, end - start, held)
 
 
 def _between(segment: Segment, start: int, end: int) -> Segment:

@@ -57,8 +57,8 @@ import torch
 
 from lightning_efficient_init.checkpoint.file import CheckpointFile
 from lightning_efficient_init.cores import available_cores
-from lightning_efficient_init.driver import copy_to_device
-from lightning_efficient_init.load.extents import PAGE_BYTES, Read, plan_reads
+from lightning_efficient_init.driver import copy_stream, copy_to_device
+from lightning_efficient_init.load.extents import PAGE_BYTES, Read, Reads
 from lightning_efficient_init.sinks import Segment
 
 SLOT_BYTES = 8 << 20
@@ -99,33 +99,34 @@ class Settings:
 class Batch:
     """Segments that are read together, and how far that has come."""
 
-    def __init__(self, reads: Sequence[Read]) -> None:
-        self.reads = reads
+    def __init__(self, reads: Reads) -> None:
         self.done = threading.Event()
         self._lock = threading.Lock()
-        self._num_taken = 0
-        self._num_waiting = len(reads)
-        if not reads:
+        self._waiting = iter(reads)
+        self._taken: list[Read] = []
+        self._num_left = len(reads)
+        if not self._num_left:
             self.done.set()
 
-    def take(self) -> Read:
-        """The next read, for the thread that asks."""
+    def take(self) -> Read | None:
+        """The next read, for the thread that asks; None if all are taken."""
         with self._lock:
-            read = self.reads[self._num_taken]
-            self._num_taken += 1
+            read = next(self._waiting, None)
+            if read is not None:
+                self._taken.append(read)
             return read
 
     def has_read(self) -> None:
         """Note that a read is complete, or on its way to the device."""
         with self._lock:
-            self._num_waiting -= 1
-            if not self._num_waiting:
+            self._num_left -= 1
+            if not self._num_left:
                 self.done.set()
 
     def names_touched(self) -> list[str]:
         """Names of the tensors that may have been written, wholly or in part."""
-        taken = self.reads[: self._num_taken]
-        return list(dict.fromkeys(segment.name for read in taken for segment in read.segments))
+        with self._lock:
+            return list(dict.fromkeys(segment.name for read in self._taken for segment in read.segments))
 
 
 class Transfer:
@@ -142,7 +143,7 @@ class Transfer:
 
     def __init__(self, device: torch.device, settings: Settings, on_tick: Callable[[int], None] | None = None) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = copy_stream(device) if device.type == "cuda" else None
         self._num_threads, slot_bytes = divide(settings)
         self._max_read_bytes = slot_bytes - 2 * PAGE_BYTES  # room to align a read in its slot
         self._ring = _Ring(self._num_threads * SLOTS_PER_THREAD, slot_bytes)
@@ -173,21 +174,15 @@ class Transfer:
         """Start to read. What the current stream of the device has to do by now is done before memory is written."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        busy = len(self._lanes)
-        if busy < self._num_threads:  # lanes that are needed in any case pin their slots while reads are being planned
-            self._grow(busy + sum(segment.num_bytes for segment in segments) // self._max_read_bytes)
-        batch = Batch(plan_reads(segments, self._max_read_bytes))
-        for _read in batch.reads:
+        reads = Reads(segments, self._max_read_bytes)
+        batch, num_lanes = Batch(reads), min(self._num_threads, len(self._lanes) + len(reads))
+        for _lane in range(num_lanes):
             self._waiting.put(batch)
-        self._grow(busy + len(batch.reads))
-        return batch
-
-    def _grow(self, num_lanes: int) -> None:
-        """Start threads until there are so many, or as many as there may be."""
-        for number in range(len(self._lanes), min(self._num_threads, num_lanes)):
+        for number in range(len(self._lanes), num_lanes):
             lane = self._lane(number)
             self._lanes.append(lane)
             self._pool.submit(self._work, lane)
+        return batch
 
     def wait(self, batch: Batch) -> None:
         """Return when all values of a batch are in place, as far as the current stream of the device is concerned.
@@ -215,20 +210,22 @@ class Transfer:
                 # answers "Invalid thread pool!" to whoever asks meanwhile (caffe2/utils/threadpool, torch 2.6 to 2.13).
                 torch.get_num_threads()
             with torch.inference_mode(), lane:  # which may write to inference tensors as well as to others
-                while self._load_next(lane):
+                while self._load_batch(lane):
                     pass
         except BaseException as error:
             self._errors.append(error)
             self._stop.set()
 
-    def _load_next(self, lane: _Lane) -> bool:
-        """Load what comes next. While a lane waits it holds no batch, whose memory could not be freed."""
+    def _load_batch(self, lane: _Lane) -> bool:
+        """Load from the batch that comes next. While a lane waits it holds none, whose memory could not be freed."""
         batch = self._waiting.get()
-        if batch is None or self._stop.is_set():
-            return False
-        lane.load(batch.take())
-        batch.has_read()
-        return True
+        while batch is not None and not self._stop.is_set():
+            read = batch.take()
+            if read is None:
+                return True
+            lane.load(read)
+            batch.has_read()
+        return False
 
 
 def divide(settings: Settings) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_efficient_init import load_checkpoint, plan_load
 from lightning_efficient_init.checkpoint import index_checkpoint
-from lightning_efficient_init.load.extents import PAGE_BYTES, extents_of, num_unique_bytes, plan_reads
+from lightning_efficient_init.load.extents import PAGE_BYTES, Reads, extents_of, num_unique_bytes
 from lightning_efficient_init.load.pipeline import SLOT_BYTES
 from lightning_efficient_init.sinks import Segment, plain_sink
 
@@ -37,7 +37,9 @@ def segments(draw):
 @settings(deadline=None)
 @given(segments(), st.sampled_from([PAGE_BYTES, 3 * PAGE_BYTES, 64 * PAGE_BYTES]))
 def test_reads_cover_every_segment_once_and_do_not_overlap(segments, max_read_bytes):
-    reads = plan_reads(segments, max_read_bytes)
+    planned = Reads(segments, max_read_bytes)
+    reads = list(planned)
+    assert len(planned) == len(reads)
     covered = {segment.name: [] for segment in segments}
     for read in reads:
         assert 0 < read.num_bytes <= max_read_bytes + PAGE_BYTES
@@ -63,7 +65,7 @@ def test_reads_cover_every_segment_once_and_do_not_overlap(segments, max_read_by
 @settings(deadline=None)
 @given(segments(), st.sampled_from([PAGE_BYTES, 64 * PAGE_BYTES]))
 def test_gaps_that_are_read_along_are_no_longer_than_a_page(segments, max_read_bytes):
-    for read in plan_reads(segments, max_read_bytes):
+    for read in Reads(segments, max_read_bytes):
         position = read.offset
         for part in read.segments:
             assert part.offset - position <= PAGE_BYTES
@@ -75,7 +77,7 @@ def test_gaps_that_are_read_along_are_no_longer_than_a_page(segments, max_read_b
 @given(segments(), st.sampled_from([PAGE_BYTES, 64 * PAGE_BYTES]))
 def test_no_element_that_is_aligned_in_the_file_is_torn_apart(segments, max_read_bytes):
     whole = {segment.name: segment for segment in segments}
-    for read in plan_reads(segments, max_read_bytes):
+    for read in Reads(segments, max_read_bytes):
         for part in read.segments:
             itemsize = whole[part.name].dtype.itemsize
             if whole[part.name].offset % itemsize == 0:
@@ -91,7 +93,7 @@ def test_ten_thousand_small_tensors_take_few_reads(name, dtype, tmp_path, bits, 
     torch.save(state, path) if name == "w.pt" else safetensors.torch.save_file(state, path)
     plan = plan_load(model, path)
     parts = [s for name, e in plan.entries.items() for s in plain_sink(name, plan.binding.tensors[name], e).segments()]
-    assert len(plan_reads(parts, SLOT_BYTES - PAGE_BYTES)) <= 2
+    assert len(Reads(parts, SLOT_BYTES - PAGE_BYTES)) <= 2
     before = bytes_read(), reads_issued()
     load_checkpoint(model, path)
     assert reads_issued() - before[1] < 250  # torch 2.6 writes storage 10 before storage 2, so that reading ahead jumps
