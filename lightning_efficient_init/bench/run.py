@@ -67,8 +67,16 @@ class Options:
     def __post_init__(self) -> None:
         if self.precision not in DTYPES:
             raise UsageError(f"precision {self.precision!r}: expected one of {', '.join(DTYPES)}.")
-        if min(self.rounds, self.stock_rounds or self.rounds) < 1:
-            raise UsageError(f"rounds: expected at least 1, found {min(self.rounds, self.stock_rounds or 0)}.")
+        for name, rounds in (("rounds", self.rounds), ("stock_rounds", self.stock_rounds)):
+            if rounds is not None and rounds < 1:
+                raise UsageError(f"{name}: expected at least 1, found {rounds}.")
+        if self.limit_minutes is not None and not self.limit_minutes > 0:
+            raise UsageError(f"limit_minutes: expected more than 0, found {self.limit_minutes:g}.")
+        if self.folder is not None and not os.path.isdir(self.folder):
+            raise UsageError(
+                f"folder {self.folder!r}: expected a folder, found none there. Create it, or leave --folder out for "
+                "the system's folder of temporary files."
+            )
 
     def rounds_of(self, way: Way) -> int:
         """How often it runs."""
@@ -294,6 +302,8 @@ def _look(options: Options) -> tuple[Task, dict[str, Any]]:
     accelerator = options.accelerator
     if accelerator == "auto":
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    elif accelerator == "cuda" and not torch.cuda.is_available():
+        raise UsageError("accelerator 'cuda': expected a GPU that torch can use, found none. Pass --accelerator cpu.")
     paths = {} if options.checkpoint is None else {form_of(options.checkpoint): os.path.abspath(options.checkpoint)}
     with deferred_init():
         model = constructor_of(options.model)()

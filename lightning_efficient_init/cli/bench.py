@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -58,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure, print, write; 130 if a signal ended it, with what there was until then."""
+    _require_folder(options.output)
     out = console()
     results, is_cut = _measure(options, out)
     _print(results, out)
@@ -71,6 +74,15 @@ def run(options: argparse.Namespace) -> int:
     out.print()
     out.print(plain(f"Written: {', '.join(written)}"))
     return 130 if is_cut else 0
+
+
+def _require_folder(path: str) -> None:
+    """Raise unless it can be written, or made."""
+    whole = Path(path).absolute()
+    nearest = next(folder for folder in (whole, *whole.parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        found = "a folder that cannot be written" if nearest.is_dir() else "a file"
+        raise UsageError(f"output {path!r}: expected a folder, found {found}, {nearest}. Pass another --output.")
 
 
 def _measure(options: argparse.Namespace, out: Console) -> tuple[Results, bool]:

@@ -87,6 +87,11 @@ def test_rows_report_the_memory_that_a_load_takes(tmp_path):
         ({"ways": ["our"]}, "way 'our': expected some of all, lightning, ours"),
         ({"precision": "bf16"}, "precision 'bf16': expected one of 32-true"),
         ({"rounds": 0}, "rounds: expected at least 1, found 0"),
+        ({"stock_rounds": 0}, "stock_rounds: expected at least 1, found 0"),
+        ({"limit_minutes": 0}, "limit_minutes: expected more than 0, found 0"),
+        ({"limit_minutes": -1.5}, r"limit_minutes: expected more than 0, found -1\.5"),
+        ({"limit_minutes": float("nan")}, "limit_minutes: expected more than 0, found nan"),
+        ({"folder": "/nonexistent"}, "folder '/nonexistent': expected a folder, found none there. Create it, or"),
         ({"only": "("}, r"only '\(': expected a regular expression"),
         ({"only": "^x"}, r"only '\^x': expected a part of a name or a title of naive, "),
         ({"model": "no-such-model"}, "expected tiny, 0.1B, 0.5B, 1B"),
@@ -97,6 +102,26 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(changes, mess
     with pytest.raises(UsageError, match=message):
         run_bench(Options(**{"folder": str(tmp_path), "accelerator": "cpu", **changes}))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused_with_the_reason(tmp_path, capsys):
+    assert main(["bench", "--accelerator", "cuda", "--output", str(tmp_path / "output")]) == 1
+    assert capsys.readouterr().err == (
+        "efficient-init bench: accelerator 'cuda': expected a GPU that torch can use, found none. "
+        "Pass --accelerator cpu.\n"
+    )
+
+
+@pytest.mark.parametrize("below", ["", "deeper"])
+def test_an_output_that_is_a_file_is_refused_before_anything_is_measured(below, tmp_path, capsys):
+    (tmp_path / "a").write_text("mine")
+    output = str(tmp_path / "a" / below)
+    assert main(["bench", "--accelerator", "cpu", "--model", "20x10", "--output", output]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert f"output {output!r}: expected a folder, found a file, {tmp_path / 'a'}. Pass another" in printed.err
+    assert (tmp_path / "a").read_text() == "mine"
 
 
 def test_a_way_that_needs_more_memory_than_there_is_does_not_run():
@@ -199,10 +224,10 @@ def test_it_stops_in_time_with_what_it_has_and_says_what_is_missing(tmp_path):
 
 
 def test_a_limit_that_is_too_short_for_anything_is_no_error(tmp_path):
-    options = Options("20x10", None, ["ours-load_raw"], 2, accelerator="cpu", limit_minutes=0, folder=str(tmp_path))
+    options = Options("20x10", None, ["ours-load_raw"], 2, accelerator="cpu", limit_minutes=1e-9, folder=str(tmp_path))
     results = run_bench(options)
     assert results.rows == []
-    assert results.notes == ["ours-load_raw, warm: 0 of 2 rounds; the rest did not fit the limit of 0 minutes"]
+    assert results.notes == ["ours-load_raw, warm: 0 of 2 rounds; the rest did not fit the limit of 1e-09 minutes"]
 
 
 def test_what_was_measured_is_written_when_it_is_ended(tmp_path):
