@@ -61,7 +61,7 @@ def callable_at(name: str, asked_as: str) -> Callable[..., Any]:
         target: Any = importlib.import_module(module)
         for attribute in attributes.split("."):
             target = getattr(target, attribute)
-    except Exception as error:  # other people's code, which may raise anything
+    except (Exception, SystemExit) as error:  # other people's code, which may raise anything
         raise UsageError(f"{expected}; {type(error).__name__}: {error}.") from error
     if not callable(target):
         raise UsageError(f"{expected} and called, found {type(target).__name__}.")
@@ -74,7 +74,7 @@ def _called(name: str, target: Callable[..., Any], arguments: Sequence[Any] | Ma
         model = target(**arguments) if isinstance(arguments, Mapping) else target(*arguments)
     except EfficientInitError:
         raise
-    except Exception as error:  # other people's code, which may raise anything
+    except (Exception, SystemExit) as error:  # other people's code, which may raise anything
         raise _no_model(name, f"{type(error).__name__}: {error}") from error
     if not isinstance(model, Module):
         raise _no_model(name, type(model).__name__)

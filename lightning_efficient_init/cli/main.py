@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from lightning_efficient_init.cli import bench, inspect, plan
-from lightning_efficient_init.errors import EfficientInitError, UsageError
+from lightning_efficient_init.errors import EfficientInitError, UnsafeCheckpointError, UsageError
 
 _COMMANDS = {"inspect": inspect, "plan": plan, "bench": bench}
 
@@ -22,7 +22,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows the program's name; by default that of this process.
 
     Returns:
-        The exit status: 0 if it did what was asked, 1 if it could not (the reason is on standard error).
+        The exit status: 0 if it did what was asked, 1 if it could not (the reason is on standard error), 130 if it was
+        interrupted.
+
+    Raises:
+        SystemExit: With status 2 where ``arguments`` are none of the command line, with 0 after ``--help``.
     """
     options = parser().parse_args(arguments)
     options.is_program = arguments is None  # then this process has done nothing but import
@@ -33,6 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads the output has seen enough
         _drop_output()
         return 0
+    except KeyboardInterrupt:
+        _drop_output()
+        return 130
+    except UnsafeCheckpointError as error:
+        return _refused(
+            options.command, f"{error} This is for Python, as in load_checkpoint; commands run no such code."
+        )
     except EfficientInitError as error:
         return _refused(options.command, error)
     except OSError as error:  # a full disk, say
@@ -40,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refused(options.command, error)
 
 
-def _refused(command: str, error: Exception) -> int:
+def _refused(command: str, error: object) -> int:
     print(f"efficient-init {command}: {error}", file=sys.stderr)  # noqa: T201
     return 1
 

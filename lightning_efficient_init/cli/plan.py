@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
@@ -44,14 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="MODULE:CALLABLE, a litgpt configuration, a Hugging Face folder, or one of the benchmark's; by default "
         "what the checkpoint holds, matrices that are no embeddings counted as linear layers",
     )
-    parser.add_argument("--model-args", default="[]", help="what CALLABLE is called with: a JSON list or object")
+    parser.add_argument("--model-args", help="what CALLABLE is called with: a JSON list or object")
     parser.add_argument("--strategy", default="efficient_init", choices=STRATEGIES)
     parser.add_argument("--devices", type=int, default=1, help="how many (default: %(default)s)")
     parser.add_argument("--precision", choices=PRECISIONS, help="by default the model's own dtypes")
     parser.add_argument("--quantize", choices=QUANTIZATIONS)
     parser.add_argument("--skip-modules", nargs="+", default=[], help="module paths left unquantized; globs")
     parser.add_argument("--train", metavar="OPTIMIZER", help="a class of torch.optim, as AdamW; or MODULE:CLASS")
-    parser.add_argument("--train-args", default="{}", help="its arguments, a JSON object")
+    parser.add_argument("--train-args", help="its arguments, a JSON object")
     parser.add_argument("--accelerator", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument(
         "--device-memory", type=_bytes, help="of each device, as 24GiB; by default that of this machine"
@@ -61,20 +63,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the plan, and whether it fits; the exit status is 0 in both cases."""
-    if options.path is None and options.model is None:
-        raise UsageError("plan: expected a checkpoint, a --model, or both; found neither.")
-    asked = _question(options)
-    model = _model(options, asked)
-    # what a checkpoint holds beside tensors is in no model that is made of them
-    plan = None if options.path is None else plan_load(model, options.path, strict=options.model is not None)
-    found = answer(unwrap(model), plan, asked)
-    room = _room(options, asked)
-    changes = [] if room is None or found.fits(room) else remedies(unwrap(model), plan, asked, room)
+    _check(options)
+    with redirect_stdout(sys.stderr):  # for what models and optimizers print
+        asked = _question(options)
+        model = _model(options, asked)
+        # what a checkpoint holds beside tensors is in no model that is made of them
+        plan = None if options.path is None else plan_load(model, options.path, strict=options.model is not None)
+        found = answer(unwrap(model), plan, asked)
+        room = _room(options, asked)
+        changes = [] if room is None or found.fits(room) else remedies(unwrap(model), plan, asked, room)
     if options.json:
         print_json(_as_json(found, room, changes))
     else:
         _print(found, plan, room, changes)
     return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raise if an option is missing that others are about."""
+    if options.path is None and options.model is None:
+        raise UsageError("expected a checkpoint, a --model, or both; found neither.")
+    if options.model_args is not None and ":" not in (options.model or ""):
+        raise UsageError(
+            f"--model-args {options.model_args!r}: expected a --model MODULE:CALLABLE that is called with them, found "
+            f"{options.model or 'none'}. Pass one, or leave --model-args out."
+        )
+    if options.train_args is not None and options.train is None:
+        raise UsageError(
+            f"--train-args {options.train_args!r}: expected a --train OPTIMIZER that they are for, found none. Pass "
+            "one, or leave --train-args out."
+        )
 
 
 def _question(options: argparse.Namespace) -> Question:
@@ -95,7 +113,7 @@ def _question(options: argparse.Namespace) -> Question:
 def _optimizer(options: argparse.Namespace) -> MakeOptimizer | None:
     if options.train is None:
         return None
-    arguments = _parsed(options.train_args, "--train-args", dict)
+    arguments = _parsed(options.train_args or "{}", "--train-args", {dict: "object"})
     make: Any = getattr(torch.optim, options.train, None)
     if ":" in options.train:
         make = callable_at(options.train, "--train")
@@ -104,19 +122,19 @@ def _optimizer(options: argparse.Namespace) -> MakeOptimizer | None:
     return lambda parameters: make(parameters, **arguments)
 
 
-def _parsed(text: str, option: str, kinds: type | tuple[type, ...]) -> Any:
+def _parsed(text: str, option: str, kinds: Mapping[type, str]) -> Any:
     try:
         value = json.loads(text)
     except ValueError as error:
         raise UsageError(f"{option} {text!r}: expected JSON; {error}.") from error
-    if not isinstance(value, kinds):
-        raise UsageError(f"{option} {text!r}: found a JSON {type(value).__name__}.")
+    if type(value) not in kinds:
+        raise UsageError(f"{option} {text!r}: expected a JSON {' or '.join(kinds.values())}, found another value.")
     return value
 
 
 def _bytes(text: str) -> int:
     """Reads "24GiB", "80GB", "512MiB"."""
-    found = re.fullmatch(r"(\d+\.?\d*)\s*(?:([kmgt])(i)?|)b?", text.strip().lower())
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d*)?)\s*(?:([kmgt])(i)?|)b?", text.strip().lower())
     if found is None:
         raise argparse.ArgumentTypeError(f"expected a size such as 24GiB, found {text!r}")
     return int(float(found[1]) * (1024 if found[3] else 1000) ** _POWERS.index(found[2] or ""))
@@ -125,7 +143,7 @@ def _bytes(text: str) -> int:
 def _model(options: argparse.Namespace, asked: Question) -> Module:
     if options.model is None:
         return _stored_model(options.path)
-    arguments = _parsed(options.model_args, "--model-args", (list, dict))
+    arguments = _parsed(options.model_args or "[]", "--model-args", {list: "list", dict: "object"})
     default = torch.get_default_dtype()
     torch.set_default_dtype(_DTYPES.get(asked.precision or "", default))
     try:
@@ -175,7 +193,7 @@ def _below(model: Module, path: list[str], last: str, entry: Entry) -> Module:
 def _room(options: argparse.Namespace, asked: Question) -> int | None:
     """Free bytes of each device; None if nobody knows."""
     if options.device_memory is not None:
-        return int(options.device_memory) - (_CUDA_CONTEXT_BYTES if asked.device_type == "cuda" else 0)
+        return max(0, int(options.device_memory) - (_CUDA_CONTEXT_BYTES if asked.device_type == "cuda" else 0))
     if asked.device_type == "cpu":
         return available_bytes()
     if not torch.cuda.is_available():

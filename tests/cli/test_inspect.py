@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from fractions import Fraction
 
 import pytest
 import torch
@@ -112,6 +113,14 @@ def test_a_checkpoint_that_cannot_be_read_ends_with_the_reason(tmp_path, capsys)
     output = capsys.readouterr()
     assert output.out == ""
     assert "nothing at this path" in output.err
+
+
+def test_what_a_file_would_run_is_refused_and_allowed_in_python_only(tmp_path, capsys):
+    torch.save({"w": torch.zeros(2), "when": Fraction(1, 2)}, tmp_path / "a.pt")
+    assert main(["inspect", str(tmp_path / "a.pt")]) == 1
+    error = capsys.readouterr().err
+    assert "a pickle that uses fractions.Fraction" in error
+    assert error.endswith("This is for Python, as in load_checkpoint; commands run no such code.\n")
 
 
 @pytest.mark.parametrize("depth", ["0", "-1", "all", ""])

@@ -1,6 +1,10 @@
 """``efficient-init plan``: what it prints, and which models it knows."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import bitsandbytes as bnb
 import pytest
@@ -102,7 +106,14 @@ def test_sizes_are_read_as_they_are_written(text, num_bytes, capsys):
     )
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "24 GiX", "-1", "1.2.3GB", "many"])
+def test_memory_that_does_not_hold_a_context_is_none(capsys):
+    arguments = ["--model", "tiny", "--accelerator", "cuda", "--device-memory", "100MiB"]
+    assert numbers(capsys, *arguments)["free_bytes"] == 0
+    assert main(["plan", *arguments]) == 0
+    assert "It does not fit: 0 bytes are free." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "24 GiX", "-1", "1.2.3GB", "many", "9" * 400])
 def test_what_is_no_size_is_a_usage_error(text, capsys):
     with pytest.raises(SystemExit) as end:
         main(["plan", "--model", "tiny", f"--device-memory={text}"])
@@ -118,6 +129,38 @@ def test_a_callable_is_a_model(tmp_path, monkeypatch, capsys):
     for arguments in ('{"width": 100, "bias": false}', "[100, false]"):
         found = numbers(capsys, "--model", "mine:make", "--model-args", arguments, "--accelerator", "cpu")
         assert found["final_bytes"] == 4000
+
+
+def test_what_a_model_and_an_optimizer_print_is_not_in_the_output(tmp_path, monkeypatch, capsys):
+    (tmp_path / "loud.py").write_text(
+        "from torch import nn, optim\nprint('imported')\n"
+        "def make():\n  print('built')\n  return nn.Linear(2, 2)\n"
+        "def sgd(parameters):\n  print('trained')\n  return optim.SGD(parameters)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["plan", "--model", "loud:make", "--train", "loud:sgd", "--accelerator", "cpu", "--json"]) == 0
+    output = capsys.readouterr()
+    assert json.loads(output.out)["final_bytes"] == 24
+    assert set(output.err.split()) == {"imported", "built", "trained"}
+
+
+def test_a_model_that_exits_is_refused_with_its_status(tmp_path, monkeypatch, capsys):
+    (tmp_path / "leaves.py").write_text("import sys\ndef make(): sys.exit(3)")
+    (tmp_path / "gone.py").write_text("import sys\nsys.exit(3)")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "from calling it, found SystemExit: 3. Check it" in refusal(capsys, "--model", "leaves:make")
+    assert "that can be imported; SystemExit: 3." in refusal(capsys, "--model", "gone:make")
+
+
+def test_an_interrupt_from_the_keyboard_ends_it_without_a_traceback(tmp_path):
+    (tmp_path / "slow.py").write_text("import time\ndef make():\n  print('here', flush=True)\n  time.sleep(60)")
+    command = [sys.executable, "-W", "ignore", "-m", "lightning_efficient_init", "plan", "--model", "slow:make"]
+    environment = {**os.environ, "PYTHONPATH": f"{os.getcwd()}:{tmp_path}"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stderr.readline() == b"here\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60) == (b"", b"")
+    assert process.returncode == 130
 
 
 @pytest.mark.parametrize(
@@ -174,12 +217,16 @@ def test_a_hugging_face_folder_is_a_model(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "expected a checkpoint, a --model, or both"),
+        ([], "efficient-init plan: expected a checkpoint, a --model, or both"),
+        (["--model", "tiny", "--model-args", "[1]"], "called with them, found tiny. Pass one"),
+        (["/nothing", "--model-args", "[1]"], "called with them, found none. Pass one"),
+        (["--model", "torch.nn:ReLU", "--model-args", "3"], "--model-args '3': expected a JSON list or object"),
+        (["--model", "tiny", "--train-args", "{}"], "--train OPTIMIZER that they are for, found none"),
         (["--model", "no-such-model"], "expected tiny, 0.1B, 0.5B, 1B"),
         (["--model", "tiny", "--train", "Adamw"], "expected a class of torch.optim"),
         (["--model", "tiny", "--train", "nn"], "expected a class of torch.optim"),
         (["--model", "tiny", "--train", "SGD", "--train-args", "{"], "expected JSON"),
-        (["--model", "tiny", "--train", "SGD", "--train-args", "[]"], "found a JSON list"),
+        (["--model", "tiny", "--train", "SGD", "--train-args", "[]"], "'[]': expected a JSON object, found"),
         (["--model", "tiny", "--train", "no_such_module:x"], "--train 'no_such_module:x': expected MODULE:CALLABLE"),
         (["--model", "tiny", "--train", "math:pi"], "--train 'math:pi': expected MODULE:CALLABLE"),
         (["--model", "tiny", "--train", "math:prod"], "found AttributeError: 'Tensor' object"),
