@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import tenacity
@@ -35,34 +35,48 @@ class Seal:
     def __init__(self, paths: Iterable[str]) -> None:
         self._marks = {path: _mark(path) for path in paths}
 
+    @classmethod
+    def of(cls, entries: Iterable[Entry]) -> Seal:
+        """Of the files that some entries are in."""
+        return cls({path for entry in entries for path in _files_of(entry)})
+
     def check(self, entry: Entry) -> None:
         """Raise if a file that an entry is in has been exchanged or written to.
 
         Raises:
             CheckpointReadError: It has, or it is gone.
         """
-        for part in [chunk.entry for chunk in entry.chunks] or [entry]:
-            self._check_file(part.file)
+        for path in _files_of(entry):
+            self._check_file(path)
+
+    def check_all(self) -> None:
+        """Raise as `check` does if any file has been."""
+        for path in self._marks:
+            self._check_file(path)
 
     def _check_file(self, path: str) -> None:
         if (found := _mark(path)) != self._marks.get(path, found):
             raise CheckpointReadError(
                 explain(
                     path,
-                    expected="the file as it was when it was loaded",
+                    expected="the file as it was when its header was read",
                     found="another one" if found else "nothing at this path",
                     todo="Read what you need of a checkpoint before its file is replaced, or load it again.",
                 )
             )
 
 
+def _files_of(entry: Entry) -> Iterator[str]:
+    return (part.file for part in [chunk.entry for chunk in entry.chunks] or [entry])
+
+
 def _mark(path: str) -> tuple[int, ...] | None:
-    """What tells a file from its successor at the same path."""
+    """What tells a file from its successor at the same path; the number of its inode changes on some of FUSE's."""
     try:
         found = os.stat(path)
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return found.st_size, found.st_mtime_ns
 
 
 class CheckpointFile:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from lightning_efficient_init.checkpoint.file import Seal
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,12 +17,17 @@ class CheckpointTree:
         format: Name of the format.
         files: Absolute paths of all files that make up the checkpoint.
         tree: The object; containers keep their types.
+        seal: Of the files, as their headers were read.
     """
 
     path: str
     format: str
     files: tuple[str, ...]
     tree: Any
+    seal: Seal = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seal", Seal(self.files))
 
 
 class CheckpointFormat(Protocol):

@@ -63,8 +63,8 @@ def load_checkpoint(
 
     Args:
         model: The model, on any device or deferred; plain, or wrapped by ``torch.compile``, DDP or Fabric.
-        path: A torch file (zip or legacy), a safetensors file, a Lightning or Fabric checkpoint, or a Hugging Face
-            folder; recognized by content.
+        path: A torch file (zip or legacy), a safetensors file, a Lightning or Fabric checkpoint, or a folder of Hugging
+            Face, ``torch.distributed.checkpoint`` or DeepSpeed; recognized by content.
         strict: Whether every tensor of the model must be in the checkpoint, and the other way round.
         key_map: Checkpoint key to the model's name, as a mapping (keys that it lacks keep their name) or a function;
             ``None`` drops the key. By default a prefix such as ``model.`` is added or removed if exactly one choice
@@ -83,8 +83,11 @@ def load_checkpoint(
 
     Raises:
         StateDictMismatchError: The tensors do not fit; holds all names and shapes. The model is as it was.
-        CheckpointReadError: Reading failed; names what was already written.
+        CheckpointReadError: Reading failed, or the file was replaced meanwhile; names what was already written.
         CheckpointError: The checkpoint cannot be read, see ``lightning_efficient_init.errors``.
+        DeferredParameterError: A tensor of the model has no memory, and nothing says where it belongs.
+        TypeError: An argument is of another kind, such as a state dict in place of ``path``.
+        ValueError: ``host_buffer_bytes`` or ``num_threads`` is too small.
 
     Example:
         >>> report = load_checkpoint(model, "lit-llama.pth")  # doctest: +SKIP
@@ -127,6 +130,7 @@ def run_plan(
         initialized = _initialize_rest(model, plan.binding) if is_recorded else ()
         tensors = plan.binding.tensors
         forget((tensors[name] for name in plan.binding.loaded_by_calls), tensors.values())
+    _check_unchanged(plan, loaded)
     return LoadReport(
         loaded=loaded,
         initialized=initialized,
@@ -139,6 +143,15 @@ def run_plan(
         peak_device_bytes=meter.memory.device_bytes,
         bytes_per_rank=(num_bytes,) if replicas is None else replicas.gather(num_bytes),
     )
+
+
+def _check_unchanged(plan: LoadPlan, written: Sequence[str]) -> None:
+    """Raise if what has been read need not be what the headers said, as the files are others now."""
+    try:
+        plan.seal.check_all()
+    except CheckpointError as error:
+        error.add_written(list(written))
+        raise
 
 
 def _write(

@@ -13,6 +13,7 @@ from torch.nn import Module
 from lightning_efficient_init.checkpoint import Entry
 from lightning_efficient_init.deferred import named_tensors
 from lightning_efficient_init.errors import CheckpointError, CheckpointReadError, CorruptCheckpointError
+from lightning_efficient_init.sharding import part_of
 from lightning_efficient_init.sinks import PLAIN_TYPES
 
 _Writes: TypeAlias = Mapping[str, tuple[torch.Tensor, Entry]]
@@ -121,6 +122,8 @@ def _shown_by_others(model: Module, writes: _Writes) -> Iterator[tuple[str, str]
 def _obstacle(tensor: torch.Tensor, entry: Entry) -> str | None:
     if tensor.device.type != "cpu":
         return f"the model has it on {tensor.device}"
+    if part_of(tensor) is not None:
+        return "it is sharded, and this rank has its part in memory that the strategy has laid out"
     if entry.chunks:
         return f"the checkpoint has it in {len(entry.chunks)} pieces"
     if type(tensor) not in PLAIN_TYPES:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_efficient_init.checkpoint import CheckpointTree, Entry, index_tree, weights_of
+from lightning_efficient_init.checkpoint import CheckpointTree, Entry, Seal, index_tree, weights_of
 from lightning_efficient_init.errors import StateDictMismatchError
 from lightning_efficient_init.garbage import collections_paused
 from lightning_efficient_init.load.bind import Binding, Shape, StateTree, bind
@@ -32,6 +32,7 @@ class LoadPlan:
         unexpected: Keys of the checkpoint that match nothing in the model.
         mismatched: Name to (expected shape, found shape); these are not loaded.
         binding: The tensors themselves.
+        seal: Of the files that ``entries`` are in.
     """
 
     path: str
@@ -41,6 +42,7 @@ class LoadPlan:
     unexpected: tuple[str, ...]
     mismatched: Mapping[str, tuple[Shape, Shape]]
     binding: Binding
+    seal: Seal
 
     @property
     def num_bytes(self) -> int:
@@ -126,6 +128,7 @@ def plan_part(
         unexpected=tuple(binding.unexpected),
         mismatched=binding.mismatched,
         binding=binding,
+        seal=checkpoint.seal,
     )
 
 

@@ -71,6 +71,7 @@ def postpone(plan: LoadPlan, settings: Settings, *, mmap: bool = False) -> LoadR
         elapsed_s=0.0,
         peak_host_bytes=0,
         peak_device_bytes=0,
+        is_postponed=True,
     )
 
 
@@ -80,8 +81,14 @@ def has_waiting(module: Module) -> bool:
 
 
 def take_waiting(module: Module) -> list[tuple[LoadPlan, Settings]]:
-    """The plans that have waited for ``module``, in order, for the tensors that it has now."""
+    """The plans that have waited for ``module``, in order, for the tensors that it has now.
+
+    Raises:
+        CheckpointReadError: A file of theirs has been replaced, or is gone.
+    """
     found = [waiting for child in module.modules() for waiting in _waiting.pop(child, [])]
+    for waiting in found:
+        waiting.plan.seal.check_all()
     return [(_renewed(w.plan), w.settings) for w in sorted(found, key=lambda w: w.order)]
 
 

@@ -31,6 +31,8 @@ class LoadReport:
             parameters themselves where the load gave them memory. 0 where the system does not tell.
         peak_device_bytes: Highest memory in use on the model's device during the load, sampled; 0 on a CPU.
         bytes_per_rank: ``num_bytes`` of every rank that took part, by rank.
+        is_postponed: Whether all of this is yet to come: a strategy is going to shard the model, and the checkpoint,
+            which fits, is read once it has. Nothing is measured then.
     """
 
     loaded: tuple[str, ...]
@@ -43,6 +45,7 @@ class LoadReport:
     peak_host_bytes: int
     peak_device_bytes: int
     bytes_per_rank: tuple[int, ...] = ()
+    is_postponed: bool = False
 
     @property
     def bytes_per_s(self) -> float:
@@ -50,17 +53,23 @@ class LoadReport:
         return self.num_bytes / self.elapsed_s if self.elapsed_s else 0.0
 
     def __str__(self) -> str:
-        parts = [
+        parts = self._figures()
+        for title in ("initialized", "missing", "unexpected", "mismatched"):
+            if names := getattr(self, title):
+                parts.append(f"{title}: {shorten(names)}")
+        return "; ".join(parts)
+
+    def _figures(self) -> list[str]:
+        if self.is_postponed:
+            return [f"{len(self.loaded)} tensors are going to be read once the model is sharded"]
+        figures = [
             f"loaded {len(self.loaded)} tensors, {self.num_bytes / 1e9:.3f} GB in {self.elapsed_s:.3f} s "
             f"({self.bytes_per_s / 1e9:.2f} GB/s)",
             f"host memory peak +{self.peak_host_bytes / 1e9:.3f} GB",
         ]
         if self.peak_device_bytes:
-            parts.append(f"device memory peak {self.peak_device_bytes / 1e9:.3f} GB")
-        for title in ("initialized", "missing", "unexpected", "mismatched"):
-            if names := getattr(self, title):
-                parts.append(f"{title}: {shorten(names)}")
-        return "; ".join(parts)
+            figures.append(f"device memory peak {self.peak_device_bytes / 1e9:.3f} GB")
+        return figures
 
 
 class Meter:

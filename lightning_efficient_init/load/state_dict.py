@@ -10,7 +10,7 @@ import torch
 from torch.nn import Module
 from torch.nn.modules.module import _IncompatibleKeys
 
-from lightning_efficient_init.checkpoint import LazyTensor
+from lightning_efficient_init.checkpoint import LazyTensor, Seal
 from lightning_efficient_init.deferred import eager
 from lightning_efficient_init.errors import DeferredParameterError, shorten
 from lightning_efficient_init.garbage import collections_paused
@@ -61,6 +61,7 @@ def _load_lazy(
             unexpected=tuple(binding.unexpected),
             mismatched=binding.mismatched,
             binding=binding,
+            seal=Seal.of(binding.entries.values()),
         )
         log.info("%s: %s", path, run_plan(plan, Settings(), replicas=replicas))
     return _IncompatibleKeys(list(plan.missing), list(plan.unexpected))

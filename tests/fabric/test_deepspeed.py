@@ -18,7 +18,12 @@ from torch import nn
 
 from lightning_efficient_init import EfficientInit, load_checkpoint, uninitialized_parameters
 from lightning_efficient_init.deferred import UninitializedParameterWarning
-from lightning_efficient_init.errors import DeferredParameterError, StateDictMismatchError, UnsupportedCheckpointError
+from lightning_efficient_init.errors import (
+    CheckpointError,
+    DeferredParameterError,
+    StateDictMismatchError,
+    UnsupportedCheckpointError,
+)
 from lightning_efficient_init.fabric import EfficientDeepSpeedStrategy
 
 NAME = "efficient_init_deepspeed_stage_3"
@@ -191,6 +196,20 @@ def test_loading_before_and_after_setup_gives_the_checkpoint(tmp_path, when, wor
     torch.save(eager_model(7).state_dict(), tmp_path / "a.pth")
     for state in run_ranks(_load, world_size, world_size, tmp_path / "a.pth", when):
         assert_equal_states(state, whole_state(eager_model(7)))
+
+
+def _map(rank, path):
+    fabric = fabric_of(2)
+    model = fabric.setup(built(fabric))
+    before = gathered(model.module)
+    with pytest.raises(CheckpointError, match=r"norm\.scale: it is sharded, and this rank has its part"):
+        load_checkpoint(model, path, mmap=True)
+    assert_equal_states(gathered(model.module), before)
+
+
+def test_partitions_cannot_be_the_files_own_memory(tmp_path):
+    torch.save(eager_model(7).state_dict(), tmp_path / "a.pth")
+    run_ranks(_map, 2, tmp_path / "a.pth")
 
 
 def _late(rank, world_size):

@@ -30,6 +30,7 @@ from lightning_efficient_init import EfficientInit, load_checkpoint, uninitializ
 from lightning_efficient_init.deferred import UninitializedParameterWarning
 from lightning_efficient_init.errors import (
     CheckpointError,
+    CheckpointReadError,
     DeferredParameterError,
     StateDictMismatchError,
     UnsupportedCheckpointError,
@@ -110,6 +111,39 @@ def test_loading_before_and_after_setup_gives_the_checkpoint(tmp_path, when, emp
     world_size = 3 if accelerator == "cpu" else 2
     for state in run_ranks(_load, world_size, world_size, tmp_path / "a.pth", when, empty, engine, accelerator):
         assert_equal_states(state, whole_state(expected))
+
+
+def _map(rank, path, engine):
+    fabric = fabric_of(2, engine)
+    model = fabric.setup(built(fabric))
+    before = whole_state(model._forward_module)
+    with pytest.raises(CheckpointError, match=r"norm\.scale: it is sharded(.|\n)*mmap=False"):
+        load_checkpoint(model, path, mmap=True)
+    assert_equal_states(whole_state(model._forward_module), before)
+
+
+@engines
+def test_parts_of_tensors_cannot_be_the_files_own_memory(tmp_path, engine):
+    torch.save(eager_model(7).state_dict(), tmp_path / "a.pth")
+    run_ranks(_map, 2, tmp_path / "a.pth", engine)
+
+
+def _set_up_after_the_file_was_replaced(rank, path, engine):
+    fabric = fabric_of(2, engine)
+    model = built(fabric, empty=True)
+    fabric.load_raw(path, model)
+    if rank == 1:
+        torch.save({"padding": torch.zeros(99), **eager_model(8).state_dict()}, f"{path}.new")
+        os.replace(f"{path}.new", path)
+    fabric.barrier()
+    with pytest.raises(CheckpointReadError, match=r"a\.pth': expected the file as it was when its header was read"):
+        fabric.setup(model)
+
+
+@engines
+def test_a_file_that_was_replaced_before_sharding_is_noticed(tmp_path, engine):
+    torch.save(eager_model(7).state_dict(), tmp_path / "a.pth")
+    run_ranks(_set_up_after_the_file_was_replaced, 2, tmp_path / "a.pth", engine)
 
 
 def _as_one(model, mesh):

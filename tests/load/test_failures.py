@@ -76,19 +76,50 @@ def test_a_file_truncated_after_planning_is_reported_with_what_was_written(plann
 
 def test_a_file_that_is_whole_again_before_the_last_attempt_is_loaded(planned, path):
     model, plan = planned
-    content = path.read_bytes()
+    content, modified_ns = path.read_bytes(), path.stat().st_mtime_ns
     with open(path, "r+b") as file:
         file.truncate(len(content) // 2)
 
     def restore():
         with open(path, "r+b") as file:
             file.write(content)
+        os.utime(path, ns=(modified_ns, modified_ns))  # it has only been out of sight
 
     timer = threading.Timer(0.1, restore)
     timer.start()
     run_plan(plan, SMALL)
     timer.join()
     assert all((parameter == 1).all() for parameter in model.values())
+
+
+def _rename(path, other):
+    other.rename(path)
+
+
+def _overwrite(path, other):
+    path.write_bytes(other.read_bytes())
+
+
+@pytest.mark.parametrize("replace", [_rename, _overwrite])
+def test_a_file_of_the_same_size_in_the_files_place_is_noticed(replace, planned, path, tmp_path):
+    model, plan = planned
+    torch.save(big_net(2.0).state_dict(), tmp_path / "other.pt")
+    replace(path, tmp_path / "other.pt")
+    with pytest.raises(CheckpointReadError, match=r"w\.pt': expected the file as it was when its header") as caught:
+        run_plan(plan, SMALL)
+    assert set(caught.value.written) == set(model)
+
+
+def test_a_file_that_a_hook_replaces_while_it_is_loaded_is_noticed(path, tmp_path):
+    torch.save(big_net(2.0).state_dict(), tmp_path / "other.pt")
+
+    def key_map(name):
+        if name == "p7":
+            (tmp_path / "other.pt").rename(path)
+        return name
+
+    with pytest.raises(CheckpointReadError, match="found another one"):
+        load_checkpoint(big_net(), path, key_map=key_map)
 
 
 def test_a_file_that_is_gone_is_reported(planned, path):

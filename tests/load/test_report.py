@@ -1,5 +1,6 @@
 """What a load says about itself."""
 
+import dataclasses
 import subprocess
 import sys
 import time
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from lightning_efficient_init import LoadReport, load_checkpoint
+from lightning_efficient_init.deferred import postponed_init
 
 GB = 10**9
 
@@ -64,6 +66,16 @@ def test_a_report_reads_as_one_line_that_names_what_was_not_loaded():
         assert words in text
     assert "unexpected" not in text
     assert "\n" not in text
+
+
+def test_a_report_of_what_is_yet_to_come_says_so(tmp_path, make_net):
+    torch.save(make_net(1).state_dict(), tmp_path / "a.pt")
+    with postponed_init(is_optional=True):
+        model = make_net(2)
+    report = load_checkpoint(model, tmp_path / "a.pt")
+    assert report.is_postponed
+    assert str(report) == f"{len(report.loaded)} tensors are going to be read once the model is sharded"
+    assert "'c'" in str(dataclasses.replace(report, missing=("c",)))
 
 
 def test_no_time_at_all_gives_no_rate():

@@ -194,7 +194,7 @@ def test_what_others_keep_is_not_read_from_another_file(checkpoint):
     assert torch.equal(lazy["scale"] + 0, expected)
     torch.save(torch.load(checkpoint), checkpoint)
     assert torch.equal(copy, expected)
-    with pytest.raises(CheckpointReadError, match="as it was when it was loaded, found another one"):
+    with pytest.raises(CheckpointReadError, match="as it was when its header was read, found another one"):
         lazy["scale"] + 0
 
 
