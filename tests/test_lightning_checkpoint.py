@@ -182,6 +182,17 @@ def test_on_load_checkpoint_runs_and_may_edit(checkpoint):
     assert torch.equal(model.scale, torch.full((8,), 3.0))
 
 
+def test_on_load_checkpoint_may_edit_many_weights_in_one_call(checkpoint):
+    class Scales(Regression):
+        def on_load_checkpoint(self, checkpoint):
+            torch._foreach_add_(list(checkpoint["state_dict"].values()), 2)
+
+    with init():
+        model = Scales.load_from_checkpoint(checkpoint)
+    expected = torch.load(checkpoint)["state_dict"]
+    assert all(torch.equal(value.cpu(), 2 + expected[name].cpu()) for name, value in model.state_dict().items())
+
+
 def test_layers_made_in_configure_model_are_loaded(tmp_path, device):
     class Late(L.LightningModule):
         def __init__(self):

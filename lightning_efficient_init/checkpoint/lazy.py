@@ -5,7 +5,9 @@ User hooks such as ``LightningModule.on_load_checkpoint`` get the whole checkpoi
 runs on a real tensor. Nothing read is kept, with one exception. An operation that writes, or that gives out a view
 through which someone may write later (``sd["w"][0] = 0``), must find its bytes again, so the tensor it read stays
 with the `LazyTensor`; its version counter then tells whether anyone wrote, and so whether the entry still says what
-the tensor holds.
+the tensor holds. Under a dispatch mode, as inside ``init_module``, counters are not to be trusted:
+``torch._foreach_mul_`` and its like leave them alone there (torch 2.6 to 2.13). What operations write is taken from
+their schemas then, and what gives out memory counts as written.
 
 Decided against: reading at the first access and keeping all (a hook that prints norms would bring the checkpoint
 into memory); refusing to write (hooks that edit weights in place are documented usage).
@@ -15,9 +17,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Final
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_efficient_init.checkpoint.entry import Entry
@@ -186,10 +190,11 @@ class _Source:
             self._seal.check(self.entry)
         return self.entry
 
-    def keep(self, real: torch.Tensor, version: int) -> None:
+    def keep(self, real: torch.Tensor, version: int, *, is_counted: bool = True) -> None:
         """From now on gives this memory, whose version was that when it held what is in the file."""
         if self._kept is None:
             self._kept, self._version = real, version
+        self._escaped |= not is_counted
 
     def escape(self) -> torch.Tensor:
         """Gives memory to someone whose writes cannot be noticed."""
@@ -213,13 +218,39 @@ def _run(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return used[source][1]
 
     args, kwargs = tree_map_only(LazyTensor, real_of, (args, kwargs))
-    result = func(*args, **kwargs)
+    watch = _WatchWrites() if torch._C._len_torch_dispatch_stack() else None
+    with watch or nullcontext():
+        result = func(*args, **kwargs)
     tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+    tensors += watch.written if watch else ()
     for source, (_, real, version) in used.items():
         if real._version != version or any(_share_memory(real, tensor) for tensor in tensors):
-            source.keep(real, version)
+            source.keep(real, version, is_counted=watch is None)
     lazies = {id(real): lazy for lazy, real, _ in used.values()}  # `x.float()` of a float tensor is x
     return tree_map_only(torch.Tensor, lambda tensor: lazies.get(id(tensor), tensor), result)
+
+
+class _WatchWrites(TorchDispatchMode):
+    """Notes the tensors that operations write to."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.written: list[torch.Tensor] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        names = [argument.name for argument in func._schema.arguments if _is_written(argument)]
+        if names:
+            given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+            values = tree_leaves([given.get(name) for name in names])
+            self.written += [value for value in values if isinstance(value, torch.Tensor)]
+        return func(*args, **kwargs)
+
+
+def _is_written(argument: Any) -> bool:
+    return argument.alias_info is not None and bool(argument.alias_info.is_write)
 
 
 def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -3,11 +3,13 @@
 import copy
 import io
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from lightning_efficient_init.checkpoint import LazyTensor, index_tree, lazy_tree, read_entry
+from lightning_efficient_init.deferred import empty_init
 from lightning_efficient_init.errors import CheckpointNotFoundError, CorruptCheckpointError
 
 VALUES = torch.arange(24.0).reshape(4, 6)
@@ -134,15 +136,30 @@ def test_looking_leaves_the_entry(lazy, index):
         lambda t: torch.add(t, t, out=t),
         torch.nn.init.zeros_,
         lambda t: torch._foreach_zero_([t]),
+        lambda t: torch._foreach_copy_([t[0], t], [torch.zeros(6), torch.zeros(4, 6)]),
+        lambda t: torch._foreach_mul_([t[1:], t.t()], 0.0),
+        lambda t: torch._foreach_mul_([t.detach()], 0.0),
+        lambda t: torch.ops.aten._foreach_mul.Scalar_out([t], 0.0, out=[t]),
     ],
 )
-def test_writes_are_kept_and_take_the_entry_away(lazy, write):
+@pytest.mark.parametrize("mode", [nullcontext, empty_init])
+def test_writes_are_kept_and_take_the_entry_away(lazy, write, mode):
     tensor = lazy["w"]
-    write(tensor)
+    with mode():
+        write(tensor)
     assert tensor.entry is None
     assert not torch.equal(tensor, VALUES)
     assert not torch.equal(lazy["tied"], VALUES)
     assert torch.equal(tensor.read(), tensor + 0)
+
+
+def test_reading_under_a_mode_leaves_the_entry(lazy, index):
+    tensor = lazy["w"]
+    with empty_init():
+        torch._foreach_mul([tensor], 2.0)
+        torch._foreach_add_([torch.zeros(4, 6)], [tensor])
+        tensor.sum()
+    assert tensor.entry == index["w"]
 
 
 def test_writes_in_inference_mode_are_noticed(lazy):
