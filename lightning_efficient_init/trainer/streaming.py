@@ -16,6 +16,7 @@ from lightning_efficient_init.compiled import look_if_compiled
 from lightning_efficient_init.deferred import watch
 from lightning_efficient_init.init_context import init_context
 from lightning_efficient_init.lightning_checkpoint import is_streamable, open_lightning_checkpoint
+from lightning_efficient_init.load.own_code import read_attributes
 from lightning_efficient_init.load.replicas import Replicas, agreed
 from lightning_efficient_init.load.state_dict import streaming_load_state_dict
 from lightning_efficient_init.load.tree import read_tree
@@ -27,6 +28,8 @@ class StreamsCheckpoints(Strategy):
     Optimizer states are read by ``fit`` only. To be mixed into one of Lightning's strategies, before it.
     """
 
+    _gave_lazy = False  # to hooks, that is
+
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
         """Construct modules on the device, in the precision, empty if asked for; checkpoints stream into them."""
@@ -36,11 +39,13 @@ class StreamsCheckpoints(Strategy):
     def setup(self, trainer: pl.Trainer) -> None:
         """Watch for parameters that nobody has written by the time the module is first used."""
         assert self.model is not None
+        self._read_attributes()
         watch(self.model)
         super().setup(trainer)
 
     def on_train_start(self) -> None:
         """Look at a compiled module, whichever precision plugin there is."""
+        self._read_attributes()  # where checkpoints are restored after the setup
         look_if_compiled(self.lightning_module)
 
     on_validation_start = on_test_start = on_predict_start = on_train_start
@@ -51,8 +56,15 @@ class StreamsCheckpoints(Strategy):
             kwargs = {} if weights_only is None else {"weights_only": weights_only}
             return super().load_checkpoint(checkpoint_path, **kwargs)
         device = torch.device("cpu")
+        self._gave_lazy = True
         with agreed(self.replicas()):
             return open_lightning_checkpoint(checkpoint_path, device, weights_only=weights_only is not False)
+
+    def _read_attributes(self) -> None:
+        """Make real what hooks of callbacks, which run when the weights are loaded, have put into the module."""
+        if self._gave_lazy and self.model is not None:
+            read_attributes(self.model)
+            self._gave_lazy = False
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Stream the weights through the module's own ``load_state_dict``."""

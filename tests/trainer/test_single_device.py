@@ -181,6 +181,30 @@ def test_what_a_module_keeps_of_a_checkpoint_is_real(checkpoint):
     assert {type(value) for state in optimizer.state.values() for value in state.values()} == {torch.Tensor}
 
 
+class PutsIntoTheModule(L.Callback):
+    def on_load_checkpoint(self, trainer, pl_module, checkpoint):
+        weight = checkpoint["state_dict"]["scale"]
+        pl_module.scale = torch.nn.Parameter(weight)
+        pl_module.register_buffer("old", checkpoint["state_dict"]["net.0.weight"], persistent=False)
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_what_callbacks_put_into_the_module_is_real(checkpoint, stage, device):
+    states = []
+    for trainer in (
+        our_trainer(accelerator=device.type, max_epochs=2, callbacks=[PutsIntoTheModule()]),
+        quiet_trainer(device.type, max_epochs=2, callbacks=[PutsIntoTheModule()]),
+    ):
+        torch.manual_seed(0)
+        model = Regression(width=24)
+        getattr(trainer, stage)(model, loader(), ckpt_path=checkpoint)
+        assert type(model.scale) is torch.nn.Parameter
+        assert type(model.old) is torch.Tensor
+        assert model.old.device.type == device.type
+        states.append({**model.state_dict(), "old": model.old})
+    assert_equal_states(states[1], states[0])
+
+
 def test_what_others_keep_is_not_read_from_another_file(checkpoint):
     kept = []
 
