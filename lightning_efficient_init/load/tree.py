@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, MutableMapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -97,11 +99,16 @@ class ReadWhenUsed(dict[str, Any]):
         return repr(dict(self))
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return dict, (dict(self),)
+        return OrderedDict, (), None, None, iter(dict(self).items())  # `torch.load` refuses the global `dict`
 
     def copy(self) -> dict[str, Any]:
         """A plain dict; reads everything."""
         return dict(self)
+
+    __copy__ = copy
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return deepcopy(dict(self), memo)
 
 
 for _name in ("get", "pop", "popitem", "setdefault", "items", "values", "__eq__"):

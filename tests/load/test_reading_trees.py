@@ -1,6 +1,7 @@
 """``read_tree``: optimizer states and other parts of a checkpoint as new tensors."""
 
 import copy
+import io
 import pickle
 from dataclasses import replace
 
@@ -94,6 +95,13 @@ def test_lazy_tensors_that_were_edited_are_taken_as_they_are(tmp_path):
     assert type(found["a"]) is type(found["b"]) is torch.Tensor
 
 
+def _saved(tree):
+    content = io.BytesIO()
+    torch.save(tree, content)
+    content.seek(0)
+    return torch.load(content, weights_only=True)
+
+
 def _take(rest):
     taken, rest["c"] = rest.pop("a"), 1
     return {"a": taken, **rest} | {"c": torch.ones(3)}
@@ -114,7 +122,9 @@ def _take(rest):
         lambda rest: {key: rest.get(key) for key in rest},
         lambda rest: {key: rest.setdefault(key, 0) for key in ("a", "b", "c")},
         lambda rest: dict(rest.popitem() for _ in range(len(rest))),
-        lambda rest: pickle.loads(pickle.dumps(rest)),
+        lambda rest: dict(pickle.loads(pickle.dumps(rest))),
+        lambda rest: dict(_saved(rest)),
+        lambda rest: dict(_saved({"rest": rest})["rest"]),
         _take,
     ],
 )
