@@ -1,7 +1,8 @@
 """What a model will take on each device, before anything is allocated: to load it, and to train it.
 
 How it is counted. What stays is counted tensor by tensor: parameters (quantized ones in the layout of bitsandbytes),
-buffers, gradients, and the optimizer's state, which is found by letting the optimizer step on a small parameter.
+buffers, gradients, and the optimizer's state, which is found by letting the optimizer step on parameters of the model's
+shapes with long dims cut short: a tensor of the state is taken to grow with the dims that it shares with its parameter.
 What a load takes beside that follows from the pipeline: its ring on the host, and on the device one slot for each
 thread that casts, and the scratch of tensors that are quantized, or cannot be filled directly. A sharded rank has its
 share of all that, and beside it one block while loading; in a training step, two gathered blocks with their gradients,
@@ -68,6 +69,7 @@ _QUANTIZING_HOST_BYTES: Final = 64 << 20  # more of them, and bitsandbytes' own:
 _ENTRY_BYTES: Final = 1800  # of an index and a plan, for each tensor
 _BUCKET_NUMEL: Final = 200_000_000  # ``reduce_bucket_size`` of Lightning's DeepSpeedStrategy
 _MAX_DEVICES: Final = 1024
+_SHORT_DIM: Final = 16  # what an optimizer is tried on keeps dims of this size: kernels of convolutions, say
 _QUANTIZED_BLOCK, _NESTED_BLOCK = 64, 256  # elements that share a scale in bitsandbytes' 4-bit layout
 
 
@@ -336,9 +338,7 @@ class _Sizes:
         self.trainable = sum(map(self._plain, trainable))
         self.gradients = self.trainable if asked.optimizer else 0
         self.itemsize = max((self._dtype_of(parameter).itemsize for parameter in trainable), default=0)
-        self.temporary_share = 0.0  # of the parameters that an optimizer steps at once
-        self.optimizer_state = self._optimizer_state(trainable) if asked.optimizer else 0
-        self.largest_trainable = max(map(self._plain, trainable), default=0)
+        self.optimizer_state, self.step = self._optimizer_bytes(trainable)
         self.largest_block, self.rest = self._blocks(model)
 
     def _plain(self, parameter: Parameter) -> int:
@@ -364,19 +364,25 @@ class _Sizes:
             return num_bytes
         return -(-num_bytes // _ALLOCATION_BYTES) * _ALLOCATION_BYTES
 
-    def _optimizer_state(self, trainable: Sequence[Parameter]) -> int:
-        """By dtype; DeepSpeed trains a copy of the values in float32, whatever they are, and keeps its state so."""
-        is_deepspeed = "deepspeed" in self._asked.strategy
-        numel: Counter[torch.dtype] = Counter()
+    def _optimizer_bytes(self, trainable: Sequence[Parameter]) -> tuple[int, int]:
+        """Of the state, and of what a step computes: on CUDA for all parameters at once, elsewhere for one by one.
+
+        DeepSpeed trains a copy of the values in float32, whatever they are, and flattens it.
+        """
+        asked = self._asked
+        is_deepspeed = "deepspeed" in asked.strategy
+        is_flat = is_deepspeed or (asked.strategy == "efficient_init_fsdp" and asked.num_devices > 1)
+        counts: Counter[tuple[torch.Size, torch.dtype]] = Counter()
         for parameter in trainable:
-            numel[self._dtype_of(parameter)] += parameter.numel()
-        total = 0
-        for dtype, count in numel.items():
-            assert self._asked.optimizer is not None
-            cost = _cost_of(self._asked.optimizer, torch.float32 if is_deepspeed else dtype, self._asked.device_type)
-            self.temporary_share = max(self.temporary_share, cost.temporary / dtype.itemsize)
-            total += round(count * (cost.state + (4 if is_deepspeed else 0)))
-        return total
+            shape = torch.Size([parameter.numel()]) if is_flat else parameter.shape
+            counts[shape, torch.float32 if is_deepspeed else self._dtype_of(parameter)] += 1
+        if asked.optimizer is None or not counts:
+            return 0, 0
+        costs = _costs_of(asked.optimizer, list(counts), asked.device_type)
+        times = list(zip(counts.values(), costs, strict=True))
+        copies = sum(4 * parameter.numel() for parameter in trainable) if is_deepspeed else 0
+        at_once = sum(n * cost.temporary for n, cost in times) if asked.device_type == "cuda" else 0
+        return copies + sum(n * cost.state for n, cost in times), max(at_once, *(cost.temporary for cost in costs))
 
     def _blocks(self, model: Module) -> tuple[int, int]:
         """Bytes of the largest of the repeated blocks, and of all parameters that are in none."""
@@ -389,37 +395,66 @@ class _Sizes:
 
 @dataclass(frozen=True, slots=True)
 class _OptimizerCost:
-    """Bytes for each element of a parameter: what an optimizer keeps, and what it needs for a moment in a step."""
+    """Bytes for one parameter: what an optimizer keeps, and what it needs for a moment in a step."""
 
-    state: float
-    temporary: float
+    state: int
+    temporary: int
 
 
-def _cost_of(make: MakeOptimizer, dtype: torch.dtype, device_type: str) -> _OptimizerCost:
-    """What one optimizer costs for parameters of ``dtype``."""
+def _costs_of(
+    make: MakeOptimizer, parameters: Sequence[tuple[torch.Size, torch.dtype]], device_type: str
+) -> list[_OptimizerCost]:
+    """What one optimizer costs for parameters of these shapes and dtypes."""
     try:
-        return _measured_cost(make, dtype, device_type)
+        return _measured_costs(make, parameters, device_type)
     except Exception as error:  # other people's code, which may raise anything
+        dtypes = ", ".join(dict.fromkeys(str(dtype) for _, dtype in parameters))
         raise UsageError(
-            f"optimizer: expected one that steps on a dense parameter of {dtype} without a closure, found "
-            f"{type(error).__name__}: {error}. Choose another optimizer, other arguments for it, or a precision."
+            f"optimizer: expected one that steps on dense parameters of the model's shapes and of {dtypes} without a "
+            f"closure, found {type(error).__name__}: {error}. Choose another optimizer, other arguments for it, or a "
+            "precision."
         ) from error
 
 
-def _measured_cost(make: MakeOptimizer, dtype: torch.dtype, device_type: str) -> _OptimizerCost:
-    """Found by letting the optimizer step twice: the first step makes its state, the second shows its temporaries."""
-    parameter = Parameter(torch.zeros(128, 128, dtype=dtype, device="cpu"))
-    optimizer = make([parameter])
+def _measured_costs(
+    make: MakeOptimizer, parameters: Sequence[tuple[torch.Size, torch.dtype]], device_type: str
+) -> list[_OptimizerCost]:
+    """Found by letting the optimizer step: the first step makes its state, one for each parameter its temporaries."""
+    cuts = [_cut(shape) for shape, _ in parameters]
+    small = [
+        Parameter(torch.zeros([cut[dim] for dim in shape], dtype=dtype, device="cpu"))
+        for (shape, dtype), cut in zip(parameters, cuts, strict=True)
+    ]
+    optimizer = make([*small])
     for group in optimizer.param_groups:
         if group.get("foreach", True) is None:
             group["foreach"] = device_type == "cuda"  # as torch itself chooses
-    parameter.grad = torch.zeros_like(parameter)
+    for parameter in small:
+        parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    state = [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]
-    with _Temporaries() as temporaries:
-        optimizer.step()
-    kept = sum(tensor.nbytes for tensor in state if tensor.numel() > 1)
-    return _OptimizerCost(kept / parameter.numel(), temporaries.peak_bytes / parameter.numel())
+    costs = []
+    for parameter, (shape, _), cut in zip(small, parameters, cuts, strict=True):
+        state = _whole_bytes(pytree.tree_leaves(dict(optimizer.state[parameter])), shape, cut)
+        optimizer.zero_grad()
+        parameter.grad = torch.zeros_like(parameter)
+        with _Temporaries() as temporaries:
+            optimizer.step()
+        costs.append(_OptimizerCost(state, temporaries.peak_bytes * shape.numel() // max(1, parameter.numel())))
+    return costs
+
+
+def _cut(shape: torch.Size) -> dict[int, int]:
+    """Each dim of a shape to a shorter one, no two to the same; dims that are short already stay."""
+    most = 2 ** (1 + 13 // max(1, sum(dim > _SHORT_DIM for dim in shape)))
+    long = sorted({dim for dim in shape if dim > most})
+    return {dim: dim for dim in shape} | {dim: most * (3 + i) // 2 for i, dim in enumerate(long)}
+
+
+def _whole_bytes(state: Sequence[Any], shape: torch.Size, cut: Mapping[int, int]) -> int:
+    """Bytes of a state that was made for a parameter whose dims were cut, as they are for the whole one."""
+    whole = {math.prod(cut[dim] for dim in shape): shape.numel()} | {short: dim for dim, short in cut.items()}
+    tensors = [value for value in state if isinstance(value, torch.Tensor) and value.dim()]
+    return sum(tensor.itemsize * math.prod(whole.get(dim, dim) for dim in tensor.shape) for tensor in tensors)
 
 
 class _Temporaries(TorchDispatchMode):
@@ -504,9 +539,7 @@ def _in_training(sizes: _Sizes, asked: Question, share: int) -> int:
     In a backward pass the block at hand and the next one are whole, and so are the gradients of the one at hand and of
     the one that is being reduced; what is in no block stays whole throughout, its gradients too.
     """
-    # on CUDA torch steps all parameters at once; on a CPU one after the other
-    at_once = _part_of(sizes.gradients, share) if asked.device_type == "cuda" else sizes.largest_trainable
-    step = round(sizes.temporary_share * at_once)
+    step = _part_of(sizes.step, share) if asked.device_type == "cuda" else sizes.step
     is_whole = asked.strategy in _REPLICATED or (asked.strategy in _WHOLE_ON_ONE and asked.num_devices == 1)
     gathered = 0 if is_whole else 4 * sizes.largest_block + 2 * sizes.rest
     reduced = min(_bucket(sizes, asked), sizes.gradients) if asked.num_devices > 1 else 0  # a copy for the other ranks

@@ -151,6 +151,60 @@ def test_optimizer_state_is_what_the_optimizer_makes(optimizer, multiple):
     assert plan.device["gradients"] == 2_000_000
 
 
+class Shapes(nn.Module):
+    """Matrices, vectors, convolutions; short, long, square and not."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(3000, 128)
+        self.blocks = nn.ModuleList(nn.Linear(500, 500) for _ in range(3))
+        self.conv = nn.Conv2d(200, 300, 3)
+        self.norm = nn.LayerNorm(40_000)
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+@pytest.mark.parametrize("name", ["Adafactor", "AdamW", "ASGD", "NAdam", "Rprop", "SGD"])
+def test_optimizer_state_is_counted_for_the_shapes_that_the_model_has(name):
+    model, make = Shapes(), getattr(torch.optim, name)
+    optimizer = make(list(model.parameters()))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    state = [value for values in optimizer.state.values() for value in values.values()]
+    expected = sum(value.nbytes for value in state if isinstance(value, torch.Tensor))
+    plan = plan_memory(model, optimizer=make, device_type="cpu")
+    assert plan.device["optimizer state"] == pytest.approx(expected, abs=200)  # scalars are not counted
+
+
+def test_state_of_8_bits_is_counted_with_what_is_too_small_for_it():
+    model = Shapes()
+    optimizer = bnb.optim.AdamW8bit(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    state = {id(v): v for values in optimizer.state.values() for v in values.values() if isinstance(v, torch.Tensor)}
+    plan = plan_memory(Shapes(), optimizer=bnb.optim.AdamW8bit, device_type="cpu")
+    assert plan.device["optimizer state"] == pytest.approx(sum(v.nbytes for v in state.values()), rel=0.02)
+
+
+@pytest.mark.parametrize(("strategy", "is_factored"), [("efficient_init_fsdp2", True), ("efficient_init_fsdp", False)])
+def test_a_strategy_that_flattens_parameters_gives_optimizers_vectors(strategy, is_factored):
+    with torch.device("meta"):
+        model = nn.Linear(4096, 4096, bias=False)
+    plan = plan_memory(model, optimizer=torch.optim.Adafactor, strategy=strategy, num_devices=2)
+    assert plan.device["optimizer state"] == (2 * 4 * 4096 if is_factored else 4 * 4096 * 4096) / 2
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_an_optimizer_that_refuses_a_shape_of_the_model_is_refused():
+    with torch.device("meta"):
+        model = nn.Linear(1000, 1000)
+    with pytest.raises(UsageError, match=r"found ValueError: Muon only supports 2D parameters .*\[1000\]"):
+        plan_memory(model, optimizer=torch.optim.Muon)
+    model.bias = None
+    assert plan_memory(model, optimizer=torch.optim.Muon).device["optimizer state"] == 4_000_000
+
+
 def test_frozen_parameters_have_neither_gradients_nor_state():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(100, 100, bias=False), nn.Linear(100, 100, bias=False))

@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except UnsafeCheckpointError as error:
         return _refused(
-            options.command, f"{error} This is for Python, as in load_checkpoint; commands run no such code."
+            options.command,
+            f"{error} Commands never run code from a file; load_checkpoint in Python can be allowed to.",
         )
     except EfficientInitError as error:
         return _refused(options.command, error)

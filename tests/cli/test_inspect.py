@@ -120,7 +120,7 @@ def test_what_a_file_would_run_is_refused_and_allowed_in_python_only(tmp_path, c
     assert main(["inspect", str(tmp_path / "a.pt")]) == 1
     error = capsys.readouterr().err
     assert "a pickle that uses fractions.Fraction" in error
-    assert error.endswith("This is for Python, as in load_checkpoint; commands run no such code.\n")
+    assert error.endswith("Commands never run code from a file; load_checkpoint in Python can be allowed to.\n")
 
 
 @pytest.mark.parametrize("depth", ["0", "-1", "all", ""])
