@@ -39,8 +39,10 @@ What it costs, and where exactness ends
     Where autocast is on, arithmetic with deferred tensors is refused: it would pass over them.
     A generator's state that is read while recording (``get_rng_state``) names a place in this recording, and means
     nothing outside of it. What another thread makes or writes in the meantime is its own: it is not recorded.
-    A NumPy array given to ``torch.from_numpy`` is copied up to 1 MiB, so writing to the array later is not seen.
-    Values from outside (a checkpoint) in a parameter make it *loaded*: `empty_init` gives it memory and values.
+    Memory of others (NumPy arrays, files) has no recipe: a parameter made of it is real, and shares it as in eager
+    construction. Where it is going to be sharded, it is deferred when the recording ends, if it has 1 MiB or less.
+    Values from there (a checkpoint, a table) in a parameter make it *loaded*: `empty_init` gives it memory and values.
+    So do those of tensors that were made before the recording; Python's numbers do not.
     A sharded version of an *empty* parameter takes its recipe along only if a strategy of this package made it. A deep
     copy does; a pickle is refused; what is copied otherwise is found by its canary at first use, and refused.
 
@@ -66,7 +68,7 @@ import torch
 from lightning_efficient_init.deferred import audit, parameter, recurrent
 from lightning_efficient_init.deferred.active import current, set_current
 from lightning_efficient_init.deferred.answers import Answers
-from lightning_efficient_init.deferred.arguments import META
+from lightning_efficient_init.deferred.arguments import CONSTANT_BYTES, META, is_strided
 from lightning_efficient_init.deferred.dispatch import Dispatch
 from lightning_efficient_init.deferred.patches import patched
 from lightning_efficient_init.deferred.recipe import Recipe, Ref, attach, living, recipe_of
@@ -309,6 +311,7 @@ class Recorder:
     @parameter.undisturbed()
     def postpone(self, *, is_optional: bool) -> None:
         """Let the parameters that were recorded here wait for a strategy to shard them."""
+        self._defer_outside()
         for recipe in self._parameter_recipes():
             recipe.is_postponed, recipe.is_optional = True, is_optional
 
@@ -380,6 +383,18 @@ class Recorder:
             recipe.real = weakref.ref(data.untyped_storage())
             self._twinned.append(recipe)
             return Ref.to(data, recipe).on(storage)
+
+    def _defer_outside(self) -> None:
+        """Defer parameters of outside memory, which by now holds what it will: ranks may have other values."""
+        for param in living(self._parameters.values()):
+            if type(param) is not torch.nn.Parameter or param.is_meta or not is_strided(param):
+                continue
+            if param.untyped_storage().nbytes() > CONSTANT_BYTES:
+                continue
+            if recipe_of(param) is None:
+                self.tape.write_outside(param)
+            parameter.exchange(param, self.defer(param))
+            parameter.guard(param)
 
     def refresh(self, tensor: torch.Tensor) -> None:
         """Bring real memory up to date with what was written through the parameter made of it."""

@@ -104,10 +104,23 @@ class Tape:
             _pass_label(args[0], fresh[0])
 
     def write_constant(self, tensor: torch.Tensor) -> None:
-        """``torch.tensor(...)``: a small one is its own recipe."""
-        if recipe_of(tensor) is None and tensor.numel() * tensor.element_size() <= CONSTANT_BYTES:
-            op = Op(_copy_of, (tensor.detach().clone(),), {}, tensor.device)
-            self._add(op, [], [tensor], [tensor])
+        """``torch.tensor([...])``: a small one is its own recipe.
+
+        What comes with memory of others (an array of NumPy, a file) is none: it is from outside, and may still change.
+        """
+        if recipe_of(tensor) is not None or not tensor.untyped_storage().resizable():
+            return
+        if tensor.numel() * tensor.element_size() <= CONSTANT_BYTES:
+            self._write_copy(tensor, is_load=False)
+
+    def write_outside(self, tensor: torch.Tensor) -> None:
+        """What the memory that ``tensor`` shows, which came from outside, holds by now."""
+        memory = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+        self._write_copy(memory, is_load=True)
+
+    def _write_copy(self, tensor: torch.Tensor, *, is_load: bool) -> None:
+        op = Op(_copy_of, (tensor.detach().clone(),), {}, tensor.device, is_load=is_load)
+        self._add(op, [], [tensor], [tensor])
 
     def run(self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run for real, and write it down as long as all it depends on is written down."""

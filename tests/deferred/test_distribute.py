@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lightning_efficient_init import deferred_init, uninitialized_parameters
-from lightning_efficient_init.deferred import distribute, share_buffers
+from lightning_efficient_init.deferred import distribute, is_deferred, postponed_init, share_buffers
 from lightning_efficient_init.deferred.sharded import windows
 from lightning_efficient_init.errors import DeferredInitError
 from lightning_efficient_init.rendezvous import agree
@@ -98,7 +98,10 @@ def _init_sharded(rank, is_empty):
     if is_empty:
         from lightning_efficient_init.deferred import initialize
 
-        names = [name for name, p in model.named_parameters() if p._local_tensor.numel()]
+        own = {name for name, p in model.named_parameters() if p._local_tensor.numel()}
+        names = [
+            name for name, _ in model.named_parameters() if name in own - {"from_numpy"}
+        ]  # which is no initializer's
         assert uninitialized_parameters(model) == names
         initialize(model)
     assert not uninitialized_parameters(model)
@@ -110,6 +113,38 @@ def _init_sharded(rank, is_empty):
 def test_fully_sharded_parameters_are_those_of_one_device(world_size, is_empty):
     for state in run_ranks(_init_sharded, world_size, is_empty):
         assert_equal(state, eager_state())
+
+
+class Tables(nn.Module):
+    """Parameters that share memory with NumPy, which writes it later, and with each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        table = np.zeros((4, 6), dtype=np.float32)
+        self.table = nn.Parameter(torch.from_numpy(table), requires_grad=False)
+        self.row = nn.Parameter(self.table[1])
+        table[:, 0::2] = np.random.rand(4, 3)
+
+
+def _init_tables(rank, is_optional):
+    distributed.init_process_group("gloo")
+    seed(1 + rank)
+    with postponed_init(is_optional=is_optional):
+        model = Tables()
+    assert is_deferred(model.table)
+    assert is_deferred(model.row)
+    model = distribute(model, fully_shard, CPU)
+    assert uninitialized_parameters(model) == (["linear.weight", "linear.bias"] if is_optional else [])
+    return {name: t.full_tensor().detach() for name, t in model.state_dict().items() if "linear" not in name}
+
+
+@pytest.mark.parametrize("is_optional", [False, True])
+def test_parameters_that_share_memory_with_numpy_are_those_of_rank_0(is_optional):
+    seed(1)
+    expected = {name: t for name, t in Tables().state_dict().items() if "linear" not in name}
+    for state in run_ranks(_init_tables, 2, is_optional):
+        assert_equal(state, expected)
 
 
 def _parallelize(model):

@@ -6,8 +6,11 @@ import copy
 import io
 import warnings
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_efficient_init import load_checkpoint
@@ -68,10 +71,57 @@ def _new_parameters(model, state):
         setattr(model.get_submodule(path), leaf, nn.Parameter(value))
 
 
+def _set_items(model, state):
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            param[:] = state[name]
+
+
 WAYS = [_load, _assign, _copy, _data_copy, _data, _new_parameters]
+WAYS_INSIDE = [*WAYS, _set_items]
 
 
-@pytest.mark.parametrize("way", WAYS)
+def _torch(state, path):
+    torch.save(state, path)
+    return torch.load(path, weights_only=True)
+
+
+def _safetensors(state, path):
+    save_file(state, path)
+    return load_file(path)
+
+
+def _safetensors_bytes(state, path):
+    save_file(state, path)
+    return safetensors.torch.load(path.read_bytes())
+
+
+def _from_numpy(state, path):
+    np.savez(path, **{name: t.numpy() for name, t in state.items()})
+    return {name: torch.from_numpy(array) for name, array in np.load(path).items()}
+
+
+def _tensor(state, path):
+    return {name: torch.tensor(t.numpy()) for name, t in state.items()}
+
+
+def _as_tensor(state, path):
+    return {name: torch.as_tensor(t.numpy()) for name, t in state.items()}
+
+
+def _frombuffer(state, path):
+    buffers = {name: bytearray(t.numpy().tobytes()) for name, t in state.items()}
+    return {name: torch.frombuffer(buffers[name], dtype=t.dtype).view(t.shape) for name, t in state.items()}
+
+
+def _computed(state, path):
+    return {name: torch.from_numpy(t.double().numpy()).float() for name, t in state.items()}
+
+
+READERS = [_torch, _safetensors, _safetensors_bytes, _from_numpy, _tensor, _as_tensor, _frombuffer, _computed]
+
+
+@pytest.mark.parametrize("way", WAYS_INSIDE)
 def test_weights_loaded_inside_the_context_are_there(way, size):
     state = build(size).state_dict()
     kept = copy.deepcopy(state)
@@ -97,7 +147,7 @@ def test_weights_loaded_after_the_context_are_there(way, size):
     model(torch.ones(2, size)).sum().backward()
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", WAYS_INSIDE)
 def test_weights_loaded_inside_empty_init_are_there_and_nothing_warns(way, size, device):
     state = build(size).to(device).state_dict()
     with empty_init(), device:
@@ -108,6 +158,28 @@ def test_weights_loaded_inside_empty_init_are_there_and_nothing_warns(way, size,
     assert len(uninitialized_parameters(untouched)) == 5
     watch(model)
     model(torch.ones(2, size, device=device))
+    assert_state(model, state)
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("way", WAYS_INSIDE)
+def test_weights_that_are_read_inside_the_context_count_as_loaded(way, read, tmp_path):
+    state = build().state_dict()
+    with empty_init():
+        model = build()
+        way(model, read(state, tmp_path / "weights.npz"))
+    assert not uninitialized_parameters(model)
+    assert_state(model, state)
+
+
+@pytest.mark.parametrize("way", WAYS_INSIDE)
+def test_numbers_of_python_are_initializers(way):
+    state = build().state_dict()
+    with empty_init():
+        model = build()
+        way(model, {name: torch.tensor(t.tolist()) for name, t in state.items()})
+    assert len(uninitialized_parameters(model)) == (0 if way is _data else 5)
+    materialize(model)
     assert_state(model, state)
 
 

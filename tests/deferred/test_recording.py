@@ -560,6 +560,31 @@ def test_numpy_code_in_a_constructor_works():
     assert torch.equal(found.other, expected.other)
 
 
+def test_parameters_made_of_numpy_arrays_see_what_is_written_to_these_later(same_as_eager):
+    class Tables(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.other, self.third = (np.zeros((2, 4), dtype=np.float32) for _ in range(3))
+            self.positions = nn.Parameter(torch.from_numpy(self.table), requires_grad=False)
+            self.row = nn.Parameter(torch.from_numpy(self.table)[1])
+            self.embedding = nn.Embedding(2, 4)
+            self.embedding.weight.data = torch.as_tensor(self.other)
+            self.computed = nn.Parameter(torch.from_numpy(self.third) + 1)
+            self.copied = nn.Parameter(torch.tensor(self.third))
+            for table in (self.table, self.other, self.third):
+                table[:, 0::2] = 1.0
+            with torch.no_grad():
+                self.row.mul_(3)
+
+    found, _ = same_as_eager(Tables, all_deferred=False)
+    assert found.computed.tolist() == [[1.0] * 4] * 2
+    with empty_init():
+        found = Tables()
+    assert found.positions.tolist() == [[1.0, 0.0, 1.0, 0.0], [3.0, 0.0, 3.0, 0.0]]
+    assert found.embedding.weight.tolist() == [[1.0, 0.0, 1.0, 0.0]] * 2
+    assert found.copied.tolist() == [[0.0] * 4] * 2
+
+
 def test_the_values_of_deferred_tensors_can_be_read_while_recording():
     torch.manual_seed(2)
     layer = nn.Linear(3, 4)
