@@ -10,11 +10,15 @@ from lightning_efficient_init.errors import CheckpointError, shorten
 
 KeyMap: TypeAlias = Mapping[str, str | None] | Callable[[str], str | None]
 
+RENAMES = "load_checkpoint(model, path, key_map=...)"  # said in errors, also of ways to load that have no key_map
+
 _WRAPPER_SEGMENTS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _KNOWN_PREFIXES = ("model.", "module.", "_forward_module.", "state_dict.", "net.", "transformer.")
 
 
-def match_keys(checkpoint_keys: Collection[str], model_keys: Iterable[str], key_map: KeyMap | None) -> dict[str, str]:
+def match_keys(
+    checkpoint_keys: Collection[str], model_keys: Iterable[str], key_map: KeyMap | None, *, path: str
+) -> dict[str, str]:
     """Map checkpoint keys to model keys.
 
     ``torch.compile`` and wrappers leave segments such as ``_orig_mod.`` in names; they never count. If then no key of
@@ -25,6 +29,7 @@ def match_keys(checkpoint_keys: Collection[str], model_keys: Iterable[str], key_
         checkpoint_keys: Keys as they stand in the checkpoint.
         model_keys: Names of the model's tensors.
         key_map: The user's own mapping. A key that a ``Mapping`` lacks keeps its name; ``None`` drops a key.
+        path: The checkpoint, for errors.
 
     Returns:
         Checkpoint key to model key, for every key that is not dropped. Keys that fit nothing keep their own name.
@@ -39,10 +44,11 @@ def match_keys(checkpoint_keys: Collection[str], model_keys: Iterable[str], key_
     model_names = {strip_wrappers(name): name for name in names}
     if key_map is not None:
         mapped = _apply(checkpoint_keys, key_map)
-        return _unique({key: name if name in names else model_names.get(name, name) for key, name in mapped.items()})
+        found = {key: name if name in names else model_names.get(name, name) for key, name in mapped.items()}
+        return _unique(found, path)
     plain = {key: strip_wrappers(key) for key in checkpoint_keys}
-    rename = _prefix_change(set(plain.values()), set(model_names))
-    return _unique({key: model_names.get(rename(name), rename(name)) for key, name in plain.items()})
+    rename = _prefix_change(set(plain.values()), set(model_names), path)
+    return _unique({key: model_names.get(rename(name), rename(name)) for key, name in plain.items()}, path)
 
 
 def rename_modules(metadata: Any, names: Mapping[str, str]) -> dict[str, Any] | None:
@@ -80,13 +86,13 @@ def _apply(keys: Iterable[str], key_map: KeyMap) -> dict[str, str]:
     return {key: name for key, name in renamed.items() if name is not None}
 
 
-def _unique(mapping: dict[str, str]) -> dict[str, str]:
+def _unique(mapping: dict[str, str], path: str) -> dict[str, str]:
     seen: dict[str, str] = {}
     for key, name in mapping.items():
         if name in seen:
             raise CheckpointError(
-                f"Two keys of the checkpoint, {seen[name]!r} and {key!r}, stand for the same tensor {name!r} of the "
-                "model. Pass a key_map that maps one of them to None."
+                f"{path}: expected one key for each tensor of the model, found {seen[name]!r} and {key!r}, which stand "
+                f"for the same one, {name!r}. Map one of them to None: {RENAMES}."
             )
         seen[name] = key
     return mapping
@@ -97,7 +103,7 @@ def strip_wrappers(key: str) -> str:
     return _WRAPPER_SEGMENTS.sub("", key)
 
 
-def _prefix_change(found: set[str], wanted: set[str]) -> Callable[[str], str]:
+def _prefix_change(found: set[str], wanted: set[str], path: str) -> Callable[[str], str]:
     """The one change of prefix that turns checkpoint keys into model names; none if any key fits as it is."""
     if not found or not wanted or found & wanted:
         return _identity
@@ -106,9 +112,9 @@ def _prefix_change(found: set[str], wanted: set[str]) -> Callable[[str], str]:
         return _identity
     if len(changes) > 1:
         raise CheckpointError(
-            f"No key of the checkpoint ({shorten(sorted(found), 3)}) is a name of the model "
-            f"({shorten(sorted(wanted), 3)}), and several changes of prefix fit: "
-            f"{', '.join(str(change) for change in changes)}. Pass a key_map that says which one is meant."
+            f"{path}: expected names of the model ({shorten(sorted(wanted), 3)}), found none of them but "
+            f"{shorten(sorted(found), 3)}, and several changes of prefix fit: "
+            f"{', '.join(str(change) for change in changes)}. Say which one is meant: {RENAMES}."
         )
     return changes[0]
 

@@ -14,7 +14,7 @@ from lightning_efficient_init.errors import StateDictMismatchError
 from lightning_efficient_init.garbage import collections_paused
 from lightning_efficient_init.load.bind import Binding, Shape, StateTree, bind
 from lightning_efficient_init.load.extents import extents_of, num_unique_bytes
-from lightning_efficient_init.load.keys import KeyMap, match_keys, rename_modules
+from lightning_efficient_init.load.keys import RENAMES, KeyMap, match_keys, rename_modules
 from lightning_efficient_init.sharding import is_engine, mark_parts, part_of
 
 _WRAPPED_AS = ("_original_module", "_orig_mod")  # by Fabric, by torch.compile
@@ -112,7 +112,7 @@ def plan_part(
     weights = weights_of(checkpoint.tree, key, path=checkpoint.path)
     with collections_paused():
         tree = StateTree.of(model, settled=True)
-        names = match_keys(weights.entries, tree.tensors, key_map)
+        names = match_keys(weights.entries, tree.tensors, key_map, path=checkpoint.path)
         entries = weights.entries
         state = {name: entries[key] for key, name in names.items()}
         binding = bind(model, state, rename_modules(weights.metadata, names), tree)
@@ -158,24 +158,27 @@ def check(
     if not problems:
         return
     raise StateDictMismatchError(
-        f"{path} does not fit the model.\n" + "\n".join(problems) + f"\n{_remedy(binding, nothing_fits)}",
+        f"{path} does not fit the model.\n"
+        + "\n".join(problems)
+        + f"\n{_remedy(binding, nothing_fits, ignore_mismatched)}",
         missing=tuple(binding.missing),
         unexpected=tuple(binding.unexpected),
         mismatched=dict(binding.mismatched),
     )
 
 
-def _remedy(binding: Binding, nothing_fits: bool) -> str:
+def _remedy(binding: Binding, nothing_fits: bool, ignore_mismatched: bool) -> str:
+    """What to do next, in words that are right whichever way led here."""
     if binding.errors:
         return "Mend the model or the checkpoint."
     if nothing_fits:
-        return "Not one key fits. Pass a key_map that turns checkpoint keys into the model's names."
-    if binding.mismatched:
+        return f"Not one key fits. {RENAMES} turns checkpoint keys into the model's names."
+    if binding.mismatched and not ignore_mismatched:
         return (
-            "Build the model with the checkpoint's sizes, or pass ignore_mismatched=True to initialize those tensors "
-            "anew, and strict=False if names are missing or unexpected."
+            "Build the model with the checkpoint's sizes, or initialize those tensors anew: load_checkpoint(model, "
+            "path, ignore_mismatched=True), with strict=False if names are missing or unexpected."
         )
-    return "Pass a key_map if names differ, or strict=False to load what fits and initialize the rest."
+    return f"If names differ, {RENAMES} maps them; with strict=False it loads what fits and initializes the rest."
 
 
 def _mismatch_line(item: tuple[str, tuple[Shape, Shape]]) -> str:

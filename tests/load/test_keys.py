@@ -56,8 +56,11 @@ def test_wrapper_segments_in_the_middle_of_names_do_not_count_on_either_side(tmp
 def test_two_prefixes_that_fit_equally_are_an_error_that_names_both(tmp_path):
     torch.save({"a.weight": torch.ones(2), "b.weight": torch.ones(2)}, tmp_path / "w.pt")
     model = nn.LayerNorm(2, bias=False)
-    with pytest.raises(CheckpointError, match=r"several changes of prefix fit: 'a\.' -> '', 'b\.' -> ''.*key_map"):
+    with pytest.raises(
+        CheckpointError, match=r"several changes of prefix fit: 'a\.' -> '', 'b\.' -> ''.*key_map"
+    ) as caught:
         load_checkpoint(model, tmp_path / "w.pt")
+    assert str(caught.value).startswith(f"{tmp_path / 'w.pt'}: expected names of the model ('weight'), found none")
     report = load_checkpoint(model, tmp_path / "w.pt", key_map={"a.weight": "weight", "b.weight": None})
     assert report.loaded == ("weight",)
 
@@ -108,10 +111,12 @@ def test_unexpected_keys_are_named_as_they_stand_in_the_file(save, make_net):
 
 
 def test_two_keys_for_one_name_are_an_error_that_names_all_three(save, make_net):
-    with pytest.raises(CheckpointError, match="'mask' and 'scalar', stand for the same tensor 'mask'"):
-        load_checkpoint(make_net(), save(), key_map={"scalar": "mask"})
-    with pytest.raises(CheckpointError, match=r"'a' and '_orig_mod\.a', stand for the same tensor 'a'"):
-        match_keys(["a", "_orig_mod.a"], ["a"], None)
+    path = save()
+    with pytest.raises(CheckpointError, match="'mask' and 'scalar', which stand for the same one, 'mask'") as caught:
+        load_checkpoint(make_net(), path, key_map={"scalar": "mask"})
+    assert str(caught.value).startswith(f"{path}: expected one key")
+    with pytest.raises(CheckpointError, match=r"w\.pt: .* 'a' and '_orig_mod\.a', which stand for the same one, 'a'"):
+        match_keys(["a", "_orig_mod.a"], ["a"], None, path="w.pt")
 
 
 @pytest.mark.parametrize(

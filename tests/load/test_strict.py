@@ -1,5 +1,6 @@
 """Strict is strict: all that does not fit in one error, before anything changes."""
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
@@ -60,6 +61,15 @@ def test_a_deferred_model_stays_deferred_after_a_misfit(misfit, make_net):
         load_checkpoint(model, misfit)
     assert all(p.is_meta for p in model.parameters())
     assert is_deferred(model)
+
+
+def test_what_to_do_next_is_not_what_was_done_and_names_who_takes_it(misfit, make_net):
+    with pytest.raises(StateDictMismatchError, match=r"load_checkpoint\(model, path, ignore_mismatched=True\)"):
+        L.Fabric(accelerator="cpu", devices=1, strategy="efficient_init").load_raw(misfit, make_net())
+    with pytest.raises(StateDictMismatchError) as caught:
+        load_checkpoint(make_net(), misfit, ignore_mismatched=True)
+    assert "ignore_mismatched" not in str(caught.value)
+    assert "load_checkpoint(model, path, key_map=...) maps them; with strict=False it" in str(caught.value)
 
 
 def test_shapes_that_differ_are_an_error_without_strict_too(misfit, make_net, bits):
