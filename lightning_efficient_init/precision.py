@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from lightning.fabric.plugins import precision as fabric_precision
 from lightning.fabric.plugins.precision.utils import _DtypeContextManager
+from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch.plugins import precision as trainer_precision
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -223,24 +225,36 @@ def _stock_plugin(library: Any, precision: str, device_type: str) -> Any:
 def cast_module(module: Module, dtype: torch.dtype) -> None:
     """Cast a module's floating-point tensors in place, except buffers that have a dtype of their own.
 
-    A module built in ``init_module`` has its parameters in ``dtype`` already. Whatever floating-point buffer of it is
-    in another dtype was declared so, and stays. In a module built elsewhere nothing tells a declared dtype from the
-    default, and buffers are cast along with the parameters, as Lightning does.
+    A module built in ``init_module`` has its parameters in ``dtype`` already. Whatever floating-point buffer, or state
+    of a metric, is in another dtype was declared so, and stays. In a module built elsewhere nothing tells a declared
+    dtype from the default, and they are cast along with the parameters, as Lightning does.
     """
     was_built_in_dtype = any(parameter.dtype == dtype for parameter in module.parameters())
     for submodule in module.modules():
         own = [p for p in submodule.parameters(recurse=False) if p.is_floating_point()]
         casts_buffers = any(p.dtype != dtype for p in own) if own else not was_built_in_dtype
         _cast_own(submodule, dtype, buffers=casts_buffers)
+    _update_properties(module, dtype=dtype)  # of LightningModules, which say what they are in
+
+
+def _has_states(module: Module) -> bool:
+    """Whether it is a metric, whose ``_apply`` knows what else it holds, and always goes on to what is below."""
+    apply = type(module)._apply
+    return apply is not Module._apply and "recurse" not in inspect.signature(apply).parameters
 
 
 def _cast_own(module: Module, dtype: torch.dtype, *, buffers: bool) -> None:
+    def cast(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    if buffers and _has_states(module):
+        module._apply(cast)
+        return
     kept = {} if buffers else dict(module._buffers)
     if kept:
         module._buffers = dict.fromkeys(kept)
     try:
-        # not the module's own: metrics have one without `recurse`, and choose their dtype themselves
-        Module._apply(module, lambda t: t.to(dtype) if t.is_floating_point() else t, recurse=False)
+        Module._apply(module, cast, recurse=False)
     finally:
         if kept:
             module._buffers = kept

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import pickle
+from contextlib import nullcontext
 
 import lightning as L
 import pytest
 import torch
+import torchmetrics
 from lightning_models import (
     ADVICE,
     DTYPES,
@@ -147,6 +149,34 @@ def test_a_declared_buffer_dtype_survives_setup_in_fabric_and_in_the_trainer():
 def test_a_module_built_elsewhere_is_cast_as_lightning_casts_it():
     model = quiet_fabric("bf16-true").setup(Regression())
     assert {t.dtype for t in model.state_dict().values() if t.is_floating_point()} == {torch.bfloat16}
+
+
+class Measured(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.mse = torchmetrics.MeanSquaredError()
+        self.both = torchmetrics.MetricCollection([torchmetrics.MeanMetric(), torchmetrics.CatMetric()])
+        self.recurrent = nn.LSTM(2, 2)
+
+
+@pytest.mark.parametrize("is_elsewhere", [True, False])
+def test_metrics_and_lightning_modules_have_the_dtype_that_they_have_with_lightnings_plugin(is_elsewhere):
+    results = []
+    stock = L.Fabric(accelerator="cpu", devices=1, precision="bf16-true")
+    for fabric in (quiet_fabric("bf16-true"), stock):
+        with nullcontext() if is_elsewhere else fabric.init_module():
+            model = Measured()
+        fabric.setup(model)
+        torch.manual_seed(3)
+        model.mse(5 * torch.rand(100), torch.zeros(100))
+        model.both(torch.rand(9))
+        results.append([model.dtype, model.mse.compute(), *model.both.compute().values()])
+        assert model.mse.sum_squared_error.dtype == torch.bfloat16
+        model.mse.reset()
+        assert model.mse.sum_squared_error.dtype == torch.bfloat16
+    for ours, theirs in zip(*results, strict=True):
+        assert ours is theirs or (ours.dtype == theirs.dtype and torch.equal(ours, theirs))
 
 
 def test_layers_added_to_a_built_model_are_cast_with_their_own_buffers_only():
