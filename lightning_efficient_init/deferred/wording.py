@@ -50,7 +50,8 @@ def _path_being_built() -> str:
     modules: list[torch.nn.Module] = []
     frame = sys._getframe(1)
     while frame is not None:
-        owner = frame.f_locals.get("self")
+        code = frame.f_code
+        owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None  # ``self``, however it is called
         if isinstance(owner, torch.nn.Module) and (not modules or modules[-1] is not owner):
             modules.append(owner)
         frame = frame.f_back  # type: ignore[assignment]

@@ -744,6 +744,18 @@ def test_what_cannot_be_recorded_raises_at_once_and_names_module_operation_and_r
     assert not torch.empty(2).is_meta
 
 
+def test_a_module_is_named_whatever_its_methods_call_it():
+    class Renamed(nn.Module):
+        def __init__(this, fail):  # noqa: N805
+            super(Renamed, this).__init__()
+            this.weight = nn.Parameter(torch.randn(3, 4))
+            this.late = lambda: fail(this.weight)
+            this.late()
+
+    with pytest.raises(UnrecordableError, match="^Renamed: "), deferred_init():
+        Renamed(lambda p: p.data_ptr())
+
+
 def test_pickling_inside_the_recording_raises():
     with pytest.raises(DeferredParameterError, match="saved"), deferred_init():
         torch.save(nn.Linear(2, 3), "/dev/null")
