@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -200,17 +201,24 @@ def check_choice(precision: str | None, mode: str | None, skip: Sequence[str]) -
     """Raise if weights of this precision cannot be quantized so, whatever the model; None stands for its own dtypes.
 
     Raises:
-        QuantizationError: bitsandbytes quantizes 16 and 32 bits; and there is nothing to skip without quantization.
-        TypeError: ``skip`` is one string.
+        QuantizationError: bitsandbytes quantizes 16 and 32 bits; there is nothing to skip without quantization; and a
+            path is empty.
+        TypeError: ``skip`` is no sequence of strings, or one string.
     """
     if isinstance(skip, str):
         raise TypeError(f"skip_modules must be a sequence of module paths, found the string {skip!r}.")
+    if not isinstance(skip, Collection) or not all(isinstance(pattern, str) for pattern in skip):
+        raise TypeError(f"skip_modules must be a sequence of module paths, found {skip!r}. Paths are strings.")
     if mode is None and skip:
         raise QuantizationError('skip_modules says what is not quantized; pass quantize="nf4", say, or leave it out.')
+    if "" in skip:
+        raise QuantizationError(
+            "skip_modules: expected paths of modules, found '', which is the whole model. Leave '' out, or quantize."
+        )
     if mode is not None and precision == "64-true":
         raise QuantizationError(
             f'quantize="{mode}" needs a precision of 32 or 16 bits; found "64-true", which bitsandbytes does not '
-            f'quantize. Use "32-true"{" or bf16-true" if is_4bit(mode) else ""}.'
+            'quantize. Use "32-true" or "bf16-true".'
         )
 
 
@@ -223,7 +231,9 @@ def check_names(model: Module, skip: Sequence[str]) -> None:
     paths = [path for path, _ in model.named_modules(remove_duplicate=False)] if skip else []
     for pattern in skip:
         if not any(matches(path, pattern) for path in paths):
-            near = [path for path in paths if path.rpartition(".")[2] == pattern.rpartition(".")[2]]
+            names = {path: path.rpartition(".")[2].lower() for path in paths}
+            closest = get_close_matches(pattern.rpartition(".")[2].lower(), set(names.values()), n=1)
+            near = [path for path, name in names.items() if name in closest]
             hint = f" Did you mean {shorten(near)}?" if near else ""
             raise QuantizationError(
                 f"skip_modules: {pattern!r} names no module of {type(model).__name__}; paths start at the model "

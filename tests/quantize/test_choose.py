@@ -78,6 +78,24 @@ def test_a_pattern_that_names_nothing_is_an_error_with_what_is_near():
         fabric.setup(model)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "near"),
+    [
+        ("lm_hed", "'lm_head'"),
+        ("LM_HEAD", "'lm_head'"),
+        ("layers.*.atn", "'h.0.attn', 'h.1.attn'"),
+        ("lm_head.weight", None),
+    ],
+)
+def test_what_is_near_is_found_by_its_spelling(pattern, near):
+    model = nn.ModuleDict({"h": nn.ModuleList(nn.ModuleDict({"attn": nn.Linear(2, 2)}) for _ in range(2))})
+    model["lm_head"] = nn.Linear(2, 2)
+    with pytest.raises(QuantizationError) as caught:
+        EfficientInit("32-true", quantize="nf4", skip_modules=[pattern]).convert_module(model)
+    hint = f"stands for one segment. Did you mean {near}?" if near else "stands for one segment."
+    assert str(caught.value).endswith(hint)
+
+
 def test_a_part_that_was_built_by_itself_cannot_be_skipped_by_its_later_path():
     fabric = quantizing("nf4", skip_modules=["0"])
     head = built(fabric, lambda: nn.Linear(8, 8))
@@ -268,6 +286,14 @@ def test_quantize_goes_with_16_and_32_bits_only():
         EfficientInit("bf16-true", skip_modules=["lm_head"])
     with pytest.raises(TypeError, match="sequence"):
         EfficientInit("bf16-true", quantize="nf4", skip_modules="lm_head")
+    for skip_modules in ([1], 1, (path for path in ["lm_head"])):
+        with pytest.raises(TypeError, match=r"must be a sequence of module paths, found .* Paths are strings"):
+            EfficientInit("bf16-true", quantize="nf4", skip_modules=skip_modules)
+    with pytest.raises(QuantizationError, match="expected paths of modules, found '', which is the whole model"):
+        EfficientInit("bf16-true", quantize="nf4", skip_modules=["lm_head", ""])
+    for mode in ("nf4", "int8"):
+        with pytest.raises(QuantizationError, match=r'Use "32-true" or "bf16-true"\.'):
+            EfficientInit("64-true", quantize=mode)
 
 
 @pytest.mark.parametrize("name", ["efficient_init_fsdp", "efficient_init_fsdp2"])
