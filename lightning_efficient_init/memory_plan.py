@@ -155,6 +155,8 @@ class Question:
             if value not in choices:
                 raise UsageError(f"{name} {value!r}: expected one of {', '.join(map(repr, choices))}.")
         check_choice(self.precision, self.quantize, self.skip_modules)
+        if not isinstance(self.num_devices, int):
+            raise TypeError(f"num_devices: expected an int, found {self.num_devices!r}. Pass how many there are.")
         if self.quantize is not None and self.strategy not in _REPLICATED:
             raise UsageError(
                 f"quantize={self.quantize!r} does not go with {self.strategy!r}, which shards parameters. Choose "
@@ -200,6 +202,7 @@ def plan_memory(
         num_threads: See `load_checkpoint`; the default depends on the machine.
 
     Raises:
+        TypeError: An argument is of another kind.
         UsageError: A name is unknown, they do not go together, or the optimizer cannot step.
         QuantizationError: The model cannot be quantized so, as `EfficientInit` would say.
         StateDictMismatchError: The checkpoint does not fit the model.
@@ -211,6 +214,14 @@ def plan_memory(
         >>> plan_memory(model, precision="bf16-true").final_bytes
         2097152
     """
+    if not isinstance(model, Module):
+        raise TypeError(
+            f"model: expected a torch.nn.Module, found {type(model).__name__}. The checkpoint comes second."
+        )
+    if not isinstance(checkpoint, (LoadPlan, str, os.PathLike, type(None))):
+        raise TypeError(
+            f"checkpoint: expected a path or a plan, found {type(checkpoint).__name__}. Pass plan_load's, say."
+        )
     settings = Settings(host_buffer_bytes, num_threads)
     asked = Question(strategy, num_devices, precision, quantize, skip_modules, optimizer, device_type, settings)
     plan = plan_load(model, checkpoint, key_map=key_map) if isinstance(checkpoint, (str, os.PathLike)) else checkpoint

@@ -298,6 +298,20 @@ def test_unknown_names_are_refused(arguments, message):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": "x"}, r"model: expected a torch.nn.Module, found str\. The checkpoint comes second"),
+        ({"checkpoint": 3}, "checkpoint: expected a path or a plan, found int"),
+        ({"num_devices": "2"}, "num_devices: expected an int, found '2'"),
+        ({"num_devices": 1.5}, r"num_devices: expected an int, found 1\.5"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        plan_memory(**{"model": nn.Linear(2, 2), "strategy": "efficient_init_fsdp2", **arguments})
+
+
+@pytest.mark.parametrize(
     ("precision", "arguments"),
     [
         ("64-true", {"quantize": "int8"}),
