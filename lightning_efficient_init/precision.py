@@ -89,11 +89,14 @@ class EfficientInit(trainer_precision.Precision):
     def connect(
         self, model: Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
     ) -> tuple[Module, list[Optimizer], list[Any]]:
-        """The Trainer introduces itself; from here on its own precision plugin does the work."""
+        """The Trainer introduces itself; from here to the end of its run its own precision plugin does the work."""
         self._module = weakref.ref(model)
-        if not self._is_in_trainer:
-            self._is_in_trainer, self._delegate = True, None
+        self._is_in_trainer = True
         return model, optimizers, lr_schedulers
+
+    def teardown(self) -> None:
+        """The Trainer's run has ended: whoever comes next without introducing itself is a Fabric."""
+        self._is_in_trainer = False
 
     @contextmanager
     def tensor_init_context(self) -> Iterator[None]:
@@ -126,17 +129,21 @@ class EfficientInit(trainer_precision.Precision):
         dtype = _TRUE_DTYPES.get(self.precision)
         return nullcontext() if dtype is None else _DtypeContextManager(dtype)
 
-    # Everything below is Lightning's own plugin for this precision: Fabric's, or once connected the Trainer's.
+    # Everything below is Lightning's own plugin for this precision: Fabric's, or while connected the Trainer's.
 
     @property
     def _stock(self) -> Any:
-        """Made anew, with the state that it has, once the module is on another kind of device."""
+        """Made anew, with the state that it has, for the other library, and once the module is on another device."""
         before, device_type = self._delegate, self._device_type()
-        if before is None or getattr(before, "device", device_type) != device_type:
+        is_on_device = getattr(before, "device", device_type) == device_type
+        is_of_library = isinstance(before, trainer_precision.Precision) == self._is_in_trainer
+        if before is None or not is_on_device or not is_of_library:
             library = trainer_precision if self._is_in_trainer else fabric_precision
             self._delegate = _stock_plugin(library, self.precision, device_type)
-            if before is not None:
+            if before is not None and not is_on_device:
                 self._delegate.load_state_dict(before.state_dict())
+            elif self.precision == "16-mixed" and before is not None:
+                self._delegate.scaler = before.scaler
         return self._delegate
 
     def _device_type(self) -> str:

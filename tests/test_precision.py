@@ -210,6 +210,31 @@ def test_the_plugin_can_be_pickled_after_use():
     assert pickle.loads(pickle.dumps(fabric._precision)).precision == "16-mixed"
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_fabric_and_a_trainer_may_take_turns_with_one_plugin(precision):
+    plugin = EfficientInit(precision)
+    fabric = L.Fabric(accelerator="cpu", devices=1, plugins=[plugin])
+    layer = fabric.setup(nn.Linear(8, 1))
+    for _ in range(2):
+        steps_with_fabric(fabric, Regression())
+        quiet_trainer(plugins=[plugin]).fit(Regression(), loader())
+        scaler = plugin.scaler
+        fabric.backward(layer(torch.ones(2, 8)).sum())
+        assert layer.weight.grad.any()
+        assert plugin.scaler is scaler
+
+
+def test_a_fabric_can_go_on_after_a_run_of_the_trainer_that_failed():
+    class Fails(Regression):
+        def training_step(self, batch, _):
+            raise KeyError
+
+    plugin = EfficientInit()
+    with pytest.raises(KeyError):
+        quiet_trainer(plugins=[plugin]).fit(Fails(), loader())
+    steps_with_fabric(L.Fabric(accelerator="cpu", devices=1, plugins=[plugin]), Regression())
+
+
 def test_the_scaler_of_16_mixed_is_saved_and_restored(tmp_path):
     trainer = quiet_trainer(plugins=[EfficientInit("16-mixed")])
     model = Regression()
