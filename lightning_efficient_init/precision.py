@@ -16,8 +16,8 @@ from lightning.pytorch.plugins import precision as trainer_precision
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from lightning_efficient_init.compiled import look_if_compiled
 from lightning_efficient_init.deferred import watch
+from lightning_efficient_init.first_use import look_at_setup
 from lightning_efficient_init.init_context import init_context, is_building_modules, is_empty_requested
 from lightning_efficient_init.quantize import QuantizeMode, Quantizer
 from lightning_efficient_init.quantize.quantizer import check_choice
@@ -123,6 +123,7 @@ class EfficientInit(trainer_precision.Precision):
         if self._quantizer is not None:
             self._quantizer.convert(module)
         watch(module)
+        look_at_setup(module)
         return module
 
     def _dtype_context(self) -> AbstractContextManager[Any]:
@@ -155,8 +156,7 @@ class EfficientInit(trainer_precision.Precision):
         return str(getattr(self._delegate, "device", torch.get_default_device().type))
 
     def forward_context(self) -> AbstractContextManager[None]:
-        """See Lightning's plugin; a compiled module is looked at before its first step."""
-        look_if_compiled(None if self._module is None else self._module())
+        """See Lightning's plugin."""
         return self._stock.forward_context()  # type: ignore[no-any-return]
 
     def convert_input(self, data: Any) -> Any:

@@ -39,8 +39,8 @@ class ConfigureModelMixin:
 
     Attributes:
         pretrained: A checkpoint with raw weights, in any format that ``load_checkpoint`` reads, or None. It is loaded
-            once, after sharding, when the first loop starts; not at all if ``ckpt_path`` or ``load_from_checkpoint``
-            brings other weights. ``strict_loading`` applies.
+            once, when the model has been built (and sharded, if the strategy does that); not at all if ``ckpt_path`` or
+            ``load_from_checkpoint`` brings other weights. ``strict_loading`` applies.
 
     Args:
         pretrained: Sets the attribute, for modules that hand it on to ``super().__init__``.
@@ -61,6 +61,7 @@ class ConfigureModelMixin:
 
     pretrained: str | os.PathLike[str] | None = None
     _is_model_configured = False
+    _awaits_pretrained = False
 
     def __init__(self, *args: Any, pretrained: str | os.PathLike[str] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -71,10 +72,25 @@ class ConfigureModelMixin:
         super().__init_subclass__(**kwargs)
         if "configure_model" in vars(cls):
             cls.configure_model = _once(vars(cls)["configure_model"])  # type: ignore[assignment, method-assign]
+        if "configure_optimizers" in vars(cls):
+            cls.configure_optimizers = _with_weights(vars(cls)["configure_optimizers"])  # type: ignore[attr-defined]
 
     def configure_model(self) -> None:
         """Build the model; this is yours to override. Where a class further up does it, that one counts."""
         _once(_call_next)(self)
+
+    def load_pretrained(self) -> None:
+        """Load ``pretrained`` now, if that is yet to be done and ``ckpt_path`` has not brought other weights."""
+        module: Any = self
+        if not module._awaits_pretrained:
+            return
+        module._awaits_pretrained = False
+        if module.trainer.ckpt_path is None:
+            wrapped = module.trainer.strategy.model
+            assert wrapped is not None
+            mark_parts(wrapped)  # of Lightning's own FSDP, whose outermost unit is around the module
+            target = wrapped if is_engine(wrapped) and module.trainer.lightning_module is module else module
+            log.info("%s", load_checkpoint(target, module.pretrained, strict=module.strict_loading))
 
     @classmethod
     def load_from_checkpoint(
@@ -123,8 +139,22 @@ def _once(configure: Callable[[Any], None]) -> Callable[[Any], None]:
             finally:
                 del self._is_configuring
             self._is_model_configured = True
+        if self._awaits_pretrained and self._trainer is not None:
+            self.trainer.callbacks.insert(0, _LoadsPretrained(self))
 
     return configure_model
+
+
+def _with_weights(configure: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Load pretrained weights before ``configure`` looks at them, where a checkpoint has been restored by then."""
+
+    @functools.wraps(configure)
+    def configure_optimizers(self: Any) -> Any:
+        if self._trainer is not None and _is_whole(self.trainer.strategy):
+            self.load_pretrained()
+        return configure(self)
+
+    return configure_optimizers
 
 
 @contextmanager
@@ -137,30 +167,32 @@ def _awaiting_weights(module: Any) -> Iterator[None]:
         yield
         load_checkpoint(module, module.pretrained, strict=module.strict_loading)
     else:
-        is_whole = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)  # others have ways of their own
-        with empty_init() if is_whole else nullcontext():
+        with empty_init() if _is_whole(trainer.strategy) else nullcontext():
             yield
-        if is_whole:
+        if _is_whole(trainer.strategy):
             watch(module)
-        trainer.callbacks.insert(0, _LoadsPretrained(module))
+        module._awaits_pretrained = True
+
+
+def _is_whole(strategy: Any) -> bool:
+    """Whether each rank has the whole model; strategies that shard have ways of their own to build one."""
+    return isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
 
 
 class _LoadsPretrained(pl.Callback):
-    """Loads pretrained weights when the first loop starts: the model is sharded, and a checkpoint would be restored."""
+    """Loads pretrained weights when a checkpoint would have been restored: where strategies shard, as loops start."""
 
     def __init__(self, module: Any) -> None:
         self._module = module
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if _is_whole(trainer.strategy):
+            self._load(trainer, pl_module)
+
     def _load(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if self._module is not pl_module:
-            return
+        if self._module is not None:
+            self._module.load_pretrained()
         self._module = None
-        if trainer.ckpt_path is None:
-            wrapped = trainer.strategy.model
-            assert wrapped is not None
-            mark_parts(wrapped)  # of Lightning's own FSDP, whose outermost unit is around the module
-            target = wrapped if is_engine(wrapped) else pl_module
-            log.info("%s", load_checkpoint(target, pl_module.pretrained, strict=pl_module.strict_loading))
 
     on_sanity_check_start = on_train_start = on_validation_start = on_test_start = on_predict_start = _load
 

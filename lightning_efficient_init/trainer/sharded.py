@@ -12,6 +12,7 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.parsing import clean_namespace
 
+from lightning_efficient_init.deferred import look
 from lightning_efficient_init.lightning_checkpoint import is_streamable, open_lightning_checkpoint
 from lightning_efficient_init.load.replicas import agreed
 from lightning_efficient_init.load.state_dict import streaming_load_state_dict
@@ -32,6 +33,15 @@ class RecordsModules(ShardsModules, Strategy):
         """Shard the module, and make the optimizers."""
         super().setup(trainer)
         self.clean_hparams()
+
+    def on_train_start(self) -> None:
+        """Initialize what nobody has written by now, before the module's own steps use it."""
+        assert self.model is not None
+        assert self.lightning_module is not None
+        look(self.model)
+        look(self.lightning_module)
+
+    on_validation_start = on_test_start = on_predict_start = on_train_start
 
     def clean_hparams(self) -> None:
         """Leave out what a checkpoint cannot hold: modules among the hyperparameters, once they have been sharded."""

@@ -12,8 +12,8 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 
-from lightning_efficient_init.compiled import look_if_compiled
 from lightning_efficient_init.deferred import watch
+from lightning_efficient_init.first_use import look_at_setup
 from lightning_efficient_init.init_context import init_context
 from lightning_efficient_init.lightning_checkpoint import is_streamable, open_lightning_checkpoint
 from lightning_efficient_init.load.own_code import read_attributes
@@ -37,18 +37,17 @@ class StreamsCheckpoints(Strategy):
             yield
 
     def setup(self, trainer: pl.Trainer) -> None:
-        """Watch for parameters that nobody has written by the time the module is first used."""
+        """Initialize parameters that nobody has written, before optimizers and hooks of the user's see them."""
         assert self.model is not None
         self._read_attributes()
-        watch(self.model)
+        look_at_setup(self.model)
         super().setup(trainer)
 
-    def on_train_start(self) -> None:
-        """Look at a compiled module, whichever precision plugin there is."""
-        self._read_attributes()  # where checkpoints are restored after the setup
-        look_if_compiled(self.lightning_module)
-
-    on_validation_start = on_test_start = on_predict_start = on_train_start
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """See Lightning's strategy; what nobody has written is initialized before it is saved."""
+        assert self.lightning_module is not None
+        watch(self.lightning_module)
+        return super().lightning_module_state_dict()
 
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         """The checkpoint, with weights and optimizer states as lazy tensors; a URL is left to Lightning."""

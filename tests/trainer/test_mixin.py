@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import contextlib
+import copy
 import warnings
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning_models import ADVICE, Configured, Regression, assert_equal_states, loader, quiet_trainer
@@ -188,6 +191,80 @@ def test_pretrained_weights_are_not_read_when_ckpt_path_brings_others(checkpoint
     model = Starts(24, pretrained=str(tmp_path / "is not there"))
     getattr(quiet_trainer(strategy=strategy, max_epochs=2), stage)(model, loader(), ckpt_path=checkpoint)
     assert_equal_states(model.start, torch.load(checkpoint)["state_dict"])
+
+
+class Curious(Configured):
+    """Looks at its weights before the first loop starts."""
+
+    def configure_optimizers(self):
+        self.seen = [{name: tensor.clone() for name, tensor in self.state_dict().items()}]
+        return super().configure_optimizers()
+
+    def on_fit_start(self):
+        self.seen.append(copy.deepcopy(self.net).state_dict())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"plugins": [EfficientInit()]}, {"strategy": "efficient_init"}], ids=["stock", "plugin", "strategy"]
+)
+def test_pretrained_weights_are_there_before_anybody_looks(weights, options):
+    finder = LearningRateFinder(num_training_steps=3, update_attr=False)
+    model = Curious(24, pretrained=str(weights))
+    trainer = quiet_trainer(callbacks=[finder, Starts()], **options)
+    trainer.fit(model, loader())
+    state = torch.load(weights)
+    assert_equal_states(model.seen[0], state)
+    assert_equal_states(
+        {f"net.{name}": tensor for name, tensor in model.seen[1].items()},
+        {k: state[k] for k in state if k.startswith("net.")},
+    )
+    assert_equal_states(model.start, state)
+
+
+class Starts(L.Callback):
+    """Notes the weights that training starts from."""
+
+    def on_train_start(self, trainer, module):
+        module.start = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("strategy", ["auto", "efficient_init"])
+def test_pretrained_weights_are_loaded_by_the_next_trainer_if_the_first_fails(weights, strategy):
+    class Failing(Configured):
+        attempts = 0
+
+        def configure_optimizers(self):
+            self.attempts += 1
+            if self.attempts == 1:
+                raise RuntimeError("no")
+            return super().configure_optimizers()
+
+    model = Failing(24, pretrained=str(weights))
+    for _ in range(2):
+        trainer = quiet_trainer(callbacks=[Starts()], strategy=strategy)
+        with contextlib.suppress(RuntimeError):
+            trainer.fit(model, loader())
+    assert_equal_states(model.start, torch.load(weights))
+
+
+def test_pretrained_weights_of_a_module_in_a_module_are_loaded(weights):
+    class Outer(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.inner = Configured(24, pretrained=str(weights))
+
+        def configure_model(self):
+            self.inner.configure_model()
+
+        def training_step(self, batch, _):
+            return self.inner(batch[0]).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    model = Outer()
+    quiet_trainer(callbacks=[Starts()]).fit(model, loader())
+    assert_equal_states({n.removeprefix("inner."): t for n, t in model.start.items()}, torch.load(weights))
 
 
 def test_pretrained_weights_that_do_not_fit_are_an_error(weights):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import pickle
 
 import lightning as L
@@ -264,6 +265,61 @@ class Wraps(L.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class Anchored(L.LightningModule):
+    """A model that uses its parameters without being called: its optimizer, a hook and its steps look at them."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(8, 4)
+        self.position = torch.nn.Parameter(torch.randn(8))
+
+    def configure_optimizers(self):
+        self.anchor = [param.detach().clone() for param in self.parameters()]
+        rates = [{"params": [param], "lr": 0.1 * param.detach().norm().item()} for param in self.parameters()]
+        return torch.optim.SGD(rates)
+
+    def on_fit_start(self):
+        self.teacher = [copy.deepcopy(self.net)]
+
+    def training_step(self, batch, _):
+        distance = sum((p - a).square().sum() for p, a in zip(self.parameters(), self.anchor, strict=True))
+        return distance + (self.net(batch[0] + self.position) - self.teacher[0](batch[0])).square().mean()
+
+    def validation_step(self, batch, _):
+        self.log("value", (batch[0] * self.position).mean())
+
+
+@pytest.mark.filterwarnings("ignore::lightning_efficient_init.deferred.UninitializedParameterWarning")
+@pytest.mark.parametrize("strategy", ["auto", "efficient_init"])
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_parameters_have_values_before_anybody_uses_them_without_calling_the_module(stage, strategy):
+    def run(*, empty):
+        trainer = quiet_trainer(strategy=strategy, plugins=[EfficientInit()])
+        with torch.random.fork_rng(), trainer.init_module(empty_init=empty):
+            torch.manual_seed(4)
+            model = Anchored()
+        getattr(trainer, stage)(model, loader())
+        return model.state_dict(), trainer.callback_metrics
+
+    (state, metrics), (expected, expected_metrics) = run(empty=True), run(empty=False)
+    assert_equal_states(state, expected)
+    assert metrics == expected_metrics
+
+
+def test_what_nobody_loads_is_initialized_before_it_is_saved(tmp_path):
+    trainer = quiet_trainer(strategy="efficient_init")
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        expected = Regression().state_dict()
+        torch.manual_seed(4)
+        with trainer.init_module(empty_init=True):
+            model = Regression()
+    trainer.strategy.connect(model)
+    with pytest.warns(UninitializedParameterWarning):
+        trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert_equal_states(torch.load(tmp_path / "a.ckpt")["state_dict"], expected)
 
 
 with_a_module_among_hparams = pytest.mark.filterwarnings("ignore:.*is an instance of `nn.Module`")
