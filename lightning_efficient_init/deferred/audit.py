@@ -92,7 +92,7 @@ def unwritten(model: torch.nn.Module) -> tuple[list[str], list[str]]:
         memory = {name: found for name, p in named.items() if (found := _marked(p)) is not None}
         shares = dict(zip(memory, canary.intact(list(memory.values())), strict=True))
     whole = [name for name in named if name in deferred or shares.get(name, 0) == 1]
-    part = [name for name in named if 0 < shares.get(name, 0) < 1 and kept.recipe_of_empty(named[name]) is not None]
+    part = [name for name in named if 0 < shares.get(name, 0) < 1]
     return whole, part
 
 
@@ -134,7 +134,7 @@ def is_pending(model: torch.nn.Module) -> bool:
         params = [param for _, param in named_parameters(model)]
         if any(_is_deferred(p) or kept.recipe_of_empty(p) is not None for p in params):
             return True
-        return 1 in canary.intact([memory for p in params if (memory := _marked(p)) is not None])
+        return any(canary.intact([memory for p in params if (memory := _marked(p)) is not None]))
 
 
 def _is_deferred(param: torch.Tensor) -> bool:

@@ -1,7 +1,8 @@
 """The canary: a few values that no initializer yields and no training reaches, in memory that nobody has written.
 
-They stand at the start, at the end and between. Copies, casts to another floating-point dtype and moves to another
-device keep them, so memory tells by itself whether it is empty. Writing and looking cost one batched operation for all
+They stand at the start, at the end and between, in the order of the elements, whatever their strides. Copies, casts to
+another floating-point dtype, moves to another device and other memory formats keep them, so memory tells by itself
+whether it is empty. Writing and looking cost one batched operation for all
 tensors of a device and dtype.
 """
 
@@ -33,6 +34,10 @@ def write(tensors: Iterable[torch.Tensor]) -> None:
     """Put a canary into each of some dense tensors."""
     for (device, dtype, is_full), members in _by_kind(tensors).items():
         canary = _canary(dtype, is_full=is_full)
+        for tensor in members:
+            if not tensor.is_contiguous():
+                tensor[_positions(tensor)] = canary.to(device)
+        members = [tensor for tensor in members if tensor.is_contiguous()]  # noqa: PLW2901
         if device.type == "cuda" and driver.scatter(canary, members, [_step(t) * t.itemsize for t in members]):
             continue
         torch._foreach_copy_([_probe(tensor) for tensor in members], [canary.to(device)] * len(members))
@@ -53,9 +58,20 @@ def _canary(dtype: torch.dtype, *, is_full: bool) -> torch.Tensor:
 
 
 def _probe(tensor: torch.Tensor) -> torch.Tensor:
-    """A view of a few elements in all parts of dense memory."""
-    length = _PROBES if tensor.numel() >= _PROBES else 1
-    return tensor.as_strided((length,), (_step(tensor),), tensor.storage_offset())
+    """A few elements in all parts of a tensor: a view, if it is contiguous."""
+    if not tensor.is_contiguous():
+        return tensor[_positions(tensor)]
+    return tensor.as_strided((_length(tensor),), (_step(tensor),), tensor.storage_offset())
+
+
+def _positions(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Where these elements are."""
+    places = torch.arange(_length(tensor), device=tensor.device) * _step(tensor)
+    return torch.unravel_index(places, tensor.shape)
+
+
+def _length(tensor: torch.Tensor) -> int:
+    return _PROBES if tensor.numel() >= _PROBES else 1
 
 
 def _step(tensor: torch.Tensor) -> int:

@@ -129,13 +129,14 @@ def _warn(whole: list[str], part: list[str]) -> None:
     messages = []
     if whole:
         messages.append(
-            f"{len(whole)} parameters had not been written by a checkpoint or by you at first use, "
-            f"and were initialized as their modules do it: {shorten(whole, _MOST_NAMES)}."
+            f"{len(whole)} parameters had not been written by a checkpoint or by you at first use, as far as their "
+            f"memory shows, and were initialized as their modules do it: {shorten(whole, _MOST_NAMES)}."
         )
     if part:
         messages.append(
-            f"{len(part)} parameters have been written in part only, and the rest of their memory has undefined "
-            f"values: {shorten(part, _MOST_NAMES)}. Write all of it, or call `initialize` on them before you write."
+            f"{len(part)} parameters have been written in part only, or are parts of what nobody had written, and the "
+            f"rest of their memory has undefined values: {shorten(part, _MOST_NAMES)}. Write all of it, or call "
+            "`materialize(model)` before you write, or before you take parts."
         )
     if messages:
         warnings.warn(" ".join(messages), UninitializedParameterWarning, stacklevel=4)

@@ -81,6 +81,13 @@ class StreamsCheckpoints(Strategy):
                 return read_tree(found.tree, torch.device("cpu"), replicas=replicas)  # type: ignore[no-any-return]
             return self._load_state(state, found, strict, replicas)
 
+    def save_checkpoint(self, path: _PATH, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """See Lightning's strategy; what nobody has written is initialized before it is saved."""
+        for value in state.values():
+            if isinstance(value, Module):
+                watch(value)
+        super().save_checkpoint(path, state, *args, **kwargs)
+
     def _is_streamed(self, path: _PATH) -> bool:
         """Whether the strategy reads the checkpoint, and not a plugin of the user's or Lightning."""
         return is_streamable(path) and type(self.checkpoint_io) is TorchCheckpointIO

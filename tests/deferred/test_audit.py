@@ -457,6 +457,33 @@ def test_memory_that_moved_or_was_cast_is_still_recognized(device):
     assert torch.equal(found.head.weight.cpu(), expected.head.weight)
 
 
+@pytest.mark.parametrize("sizes", [(8, 3, 3), (3, 8, 1), (1, 2, 2)])
+def test_memory_in_another_format_is_still_recognized(sizes, device):
+    def build():
+        torch.manual_seed(0)
+        return nn.Conv2d(*sizes, device=device), nn.Conv2d(*sizes, device=device).to(memory_format=torch.channels_last)
+
+    with empty_init():
+        found = nn.ModuleList(build())
+    found[0].to(memory_format=torch.channels_last)
+    found[1].to(memory_format=torch.contiguous_format)
+    assert len(uninitialized_parameters(found)) == 4
+    initialize(found)
+    for layer, expected in zip(found, build(), strict=True):
+        assert torch.equal(layer.weight, expected.weight)
+    assert found[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("part", [lambda w: w[:10], lambda w: w[3:], lambda w: torch.cat([w, w])])
+def test_a_parameter_made_of_a_part_of_empty_memory_is_reported(part):
+    with empty_init():
+        found = nn.Linear(16, 16, bias=False)
+    found.weight = nn.Parameter(part(found.weight))
+    watch(found)
+    with pytest.warns(UninitializedParameterWarning, match="parts of what nobody had written.*weight"):
+        found(torch.ones(1, found.weight.shape[1]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(), (1,), (2,), (3, 1), (4,), (5,), (7, 11), (3, 4, 5)])
 def test_every_dtype_and_shape_holds_the_canary(dtype, shape, device):

@@ -134,6 +134,18 @@ def test_what_nobody_loads_is_initialized_at_first_use_with_one_warning(device):
         model.state_dict()
 
 
+def test_what_nobody_loads_is_initialized_before_it_is_saved(tmp_path):
+    fabric = quiet_fabric()
+    torch.manual_seed(4)
+    expected = Regression()
+    torch.manual_seed(4)
+    with fabric.init_module(empty_init=True):
+        model = Regression()
+    with pytest.warns(UninitializedParameterWarning):
+        fabric.save(tmp_path / "a.ckpt", {"model": model})
+    assert_equal_states(torch.load(tmp_path / "a.ckpt")["model"], expected.state_dict())
+
+
 def test_saving_counts_as_first_use(tmp_path):
     fabric = quiet_fabric()
     with fabric.init_module(empty_init=True):
