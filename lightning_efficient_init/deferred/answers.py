@@ -32,7 +32,14 @@ from lightning_efficient_init.deferred.arguments import (
 )
 from lightning_efficient_init.deferred.dispatch import record_empty, record_fill, values_of
 from lightning_efficient_init.deferred.initializers import FILLS
-from lightning_efficient_init.deferred.parameter import Guarded, check_copy, exchange, undisturbed, write_form
+from lightning_efficient_init.deferred.parameter import (
+    Guarded,
+    check_copy,
+    check_data,
+    exchange,
+    undisturbed,
+    write_form,
+)
 from lightning_efficient_init.deferred.recipe import recipe_of
 from lightning_efficient_init.deferred.wording import refusal
 from lightning_efficient_init.errors import EfficientInitError
@@ -445,6 +452,7 @@ def _set_data(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
         func(target, data)
     else:
         with undisturbed():
+            check_data(target, data)
             exchange(target, data)
     _tracked(recorder, target)
 

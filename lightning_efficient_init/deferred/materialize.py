@@ -68,7 +68,10 @@ def materialize(
 
     Raises:
         DeferredParameterError: A tensor is on the meta device, or in memory that nobody has written, without a recipe.
+        TypeError: ``dtype`` is not one of floating-point or complex numbers.
+        ValueError: ``device`` is the meta device.
     """
+    _check_wishes(device, dtype)
     target = None if device is None else indexed(device)
     with parameter.undisturbed():
         layers = recurrent.scattered(module.modules())
@@ -249,6 +252,19 @@ def claim(tensors: Iterable[torch.Tensor], path: str) -> None:
             recipe = recipe_of(tensor) if tensor.is_meta else None
             if recipe is not None:
                 recipe.claimed_by = path
+
+
+def _check_wishes(device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+    if device is not None and torch.device(device).type == "meta":
+        raise ValueError(
+            "device: expected one with memory, found 'meta'. `materialize` gives parameters memory: name the device "
+            "that they are to be on, or leave it out for the one they were recorded for."
+        )
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)):
+        raise TypeError(
+            f"dtype: expected a torch.dtype of floating-point or complex numbers, found {dtype!r}. Parameters are cast "
+            "to it, and integers would lose their values."
+        )
 
 
 def _is_cast(tensor: torch.Tensor, dtype: torch.dtype) -> bool:

@@ -7,6 +7,7 @@ No mode is active then, so a deferred parameter guards itself: its class is exch
 
 from __future__ import annotations
 
+import re
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,8 +24,8 @@ from lightning_efficient_init.deferred.active import current
 from lightning_efficient_init.deferred.recipe import Op, Recipe, Ref, attach, living, recipe_of
 from lightning_efficient_init.deferred.replay import evaluate
 from lightning_efficient_init.deferred.trial import is_trial, stand_in
-from lightning_efficient_init.deferred.wording import misuse
-from lightning_efficient_init.errors import DeferredParameterError
+from lightning_efficient_init.deferred.wording import misuse, no_memory
+from lightning_efficient_init.errors import DeferredParameterError, EfficientInitError
 from lightning_efficient_init.garbage import collections_paused
 
 
@@ -122,8 +123,16 @@ class Guarded:
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            return _guarded_call(func, args, kwargs or {})
+            if current() is not None:
+                return func(*args, **kwargs)  # being recorded
+            try:
+                return _guarded_call(func, args, kwargs)
+            except _REFUSALS_OF_META as error:
+                if not _is_about_meta(error):
+                    raise
+            return _refuse(func, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if id(self) not in memo:
@@ -170,14 +179,14 @@ def _derived(tensor: torch.Tensor, func: Any, data: torch.Tensor, kwargs: dict[s
 
 
 def _guarded_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if current() is not None:
-        return func(*args, **kwargs)  # being recorded
     handler = _HANDLERS.get(func)
     if handler is not None:
         return handler(func, args, kwargs)
     name = getattr(func, "__name__", "")
     if name == "__get__" or name in _HARMLESS:
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        _guard_results(out)  # such as ``p.T``
+        return out
     tensors = _flat(args, kwargs)
     deferred = next(t for t in tensors if isinstance(t, Guarded))
     in_place = name.endswith("_") and not name.endswith("__") and tensors[0] is deferred
@@ -206,15 +215,24 @@ class _Unknown(torch.Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _READS:
-            raise DeferredParameterError(
-                f"{getattr(func, '__name__', func)}: this was computed from a deferred parameter, which has no "
-                "values yet. Call `materialize(model)`, or load a checkpoint into the model, before."
-            )
         with torch._C.DisableTorchFunctionSubclass():
-            out = func(*args, **(kwargs or {}))
-            _guard_results(out)
-            return out
+            try:
+                if func not in _READS:
+                    out = func(*args, **(kwargs or {}))
+                    _guard_results(out)
+                    return out
+            except _REFUSALS_OF_META as error:
+                if not _is_about_meta(error):
+                    raise
+        raise DeferredParameterError(
+            f"{getattr(func, '__name__', func)}: this was computed from a deferred parameter, which has no "
+            "values yet. Call `materialize(model)`, or load a checkpoint into the model, before."
+        )
+
+
+def _is_about_meta(error: Exception) -> bool:
+    """Whether torch refuses something for no other reason than that a tensor is on the meta device."""
+    return not isinstance(error, EfficientInitError) and re.search("meta(?!data)", str(error).lower()) is not None
 
 
 def _get_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -223,6 +241,13 @@ def _get_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         remember_alias(args[0], out)
         guard(out)
     return out
+
+
+def _detach(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Another tensor that shows the same; but a parameter made of a parameter would not be one."""
+    if isinstance(args[0], torch.nn.Parameter) and _caller().f_globals.get("__name__") == "torch.nn.parameter":
+        raise misuse(args[0], "made into another parameter")
+    return _get_data(func, args, kwargs)
 
 
 def _get_device(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -288,11 +313,18 @@ def _set_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """``p.data = x``."""
     target, data = args
     if isinstance(target, Guarded) and not data.is_meta:
+        check_data(target, data)  # type: ignore[arg-type]
         unguard(target)  # type: ignore[arg-type]
         with torch.no_grad():
             exchange(target, data)  # type: ignore[arg-type]
         return
     func(target, data)
+
+
+def check_data(target: torch.Tensor, data: torch.Tensor) -> None:
+    """Refuse ``p.data = x`` for an ``x`` of a class that stands for memory elsewhere, such as in a file."""
+    if type(data).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise no_memory(target, data)
 
 
 def cast(tensors: list[torch.Tensor], dtype: torch.dtype) -> None:
@@ -372,6 +404,7 @@ def _flat(args: Iterable[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
 
 
 _T = torch.Tensor
+_REFUSALS_OF_META = (RuntimeError, BufferError)
 _HARMLESS = {
     "_has_compatible_shallow_copy_type",
     "requires_grad_",
@@ -385,7 +418,7 @@ _READS = {_T.item, _T.tolist, _T.numpy, _T.__array__, _T.__bool__, _T.__int__, _
 _READS |= {_T.__index__, _T.cpu, _T.cuda}
 _HANDLERS: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
     _T.data.__get__: _get_data,  # type: ignore[attr-defined]
-    _T.detach: _get_data,
+    _T.detach: _detach,
     _T.view: _get_data,
     _T.device.__get__: _get_device,
     _T.is_meta.__get__: _get_is_meta,  # type: ignore[attr-defined]

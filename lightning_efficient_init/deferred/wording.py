@@ -35,6 +35,15 @@ def empty_misuse(tensor: torch.Tensor, recipe: Recipe) -> DeferredParameterError
     )
 
 
+def no_memory(tensor: torch.Tensor, data: torch.Tensor) -> DeferredParameterError:
+    """The error for ``p.data = x`` where ``x`` has no memory that a parameter could show."""
+    return DeferredParameterError(
+        f"{_describe(tensor)}: expected memory for .data, found a {type(data).__name__}, which has none of its own, as "
+        "a tensor of a checkpoint is not read before it is used. Set it to a copy, p.data = x.clone(), or make a "
+        "parameter of it."
+    )
+
+
 def _describe(tensor: torch.Tensor) -> str:
     return _name(tensor, recipe_of(tensor))
 

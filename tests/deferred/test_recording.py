@@ -746,13 +746,13 @@ def test_what_cannot_be_recorded_raises_at_once_and_names_module_operation_and_r
 
 def test_a_module_is_named_whatever_its_methods_call_it():
     class Renamed(nn.Module):
-        def __init__(this, fail):  # noqa: N805
-            super(Renamed, this).__init__()
+        def __init__(this, fail):
+            super().__init__()
             this.weight = nn.Parameter(torch.randn(3, 4))
             this.late = lambda: fail(this.weight)
             this.late()
 
-    with pytest.raises(UnrecordableError, match="^Renamed: "), deferred_init():
+    with pytest.raises(UnrecordableError, match=r"^Renamed: "), deferred_init():
         Renamed(lambda p: p.data_ptr())
 
 

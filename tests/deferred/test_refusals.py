@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune
 
+from lightning_efficient_init.checkpoint import index_checkpoint, lazy_tree
 from lightning_efficient_init.deferred import deferred_init, is_deferred, materialize
 from lightning_efficient_init.errors import DeferredParameterError, UnrecordableError
 
@@ -137,6 +139,15 @@ def test_an_initializer_after_the_context_is_refused(model):
         lambda m: m[0].weight.detach().numpy(),
         lambda m: torch.equal(m[0].weight, m[0].weight),
         lambda m: m[0].weight.nonzero(),
+        lambda m: m[0].weight.unique(),
+        lambda m: torch.unique(m[0].weight.detach()),
+        lambda m: m[0].weight.masked_select(torch.ones(4, 3, device="meta", dtype=torch.bool)),
+        lambda m: m[0].weight.T.tolist(),
+        lambda m: torch.ones(2, 4) @ m[0].weight.mT.mT,
+        lambda m: m[0].weight[m[0].weight > 0],
+        lambda m: m[0].weight.detach().__dlpack__(),
+        lambda m: np.from_dlpack(m[0].weight.detach()),
+        lambda m: parametrizations.weight_norm(m[0]),
     ],
 )
 def test_reading_values_is_refused(read, model):
@@ -153,11 +164,23 @@ def test_reading_values_is_refused(read, model):
         lambda m: (m[0].weight.mean() / 2).tolist(),
         lambda m: (m[0].weight > 0).all().item(),
         lambda m: bool((m[0].weight + 1).isnan().any()),
+        lambda m: (m[0].weight > 0).nonzero(),
+        lambda m: torch.allclose(m[0].weight.T @ m[0].weight, torch.eye(3, device="meta")),
+        lambda m: parametrizations.orthogonal(m[0]),
     ],
 )
 def test_reading_a_number_computed_from_a_deferred_parameter_is_refused(read, model):
     with deferred("computed from a deferred parameter"):
         read(model)
+
+
+def test_what_is_wrong_for_other_reasons_raises_as_ever(model):
+    with pytest.raises(RuntimeError, match="shape") as error:
+        model[0].weight.view(7)
+    assert not isinstance(error.value, DeferredParameterError)
+    with pytest.raises(RuntimeError) as error:
+        (model[0].weight + 1) @ torch.ones(7, 7, device="meta")
+    assert not isinstance(error.value, DeferredParameterError)
 
 
 @pytest.mark.parametrize("move", [lambda m: m.to("cpu"), lambda m: m.cpu(), lambda m: m.cuda()])
@@ -198,3 +221,32 @@ def test_materializing_what_was_computed_from_deferred_parameters_is_refused():
 def test_materializing_parameters_of_the_meta_device_is_refused():
     with pytest.raises(DeferredParameterError, match=r"without a recipe.*deferred_init"):
         materialize(nn.Linear(3, 4, device="meta"))
+
+
+def test_materializing_on_the_meta_device_is_refused(model):
+    with pytest.raises(ValueError, match=r"device: expected one with memory, found 'meta'"):
+        materialize(model, device="meta")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, "float32"])
+def test_materializing_in_what_is_no_floating_point_dtype_is_refused(dtype, model):
+    with pytest.raises(TypeError, match=r"dtype: expected a torch\.dtype of floating-point"):
+        materialize(model, dtype=dtype)
+
+
+@pytest.fixture
+def lazy(tmp_path):
+    """A tensor that a hook gets: it is still in its file."""
+    torch.save({"weight": torch.ones(4, 3)}, tmp_path / "weights.pt")
+    return lazy_tree(index_checkpoint(tmp_path / "weights.pt").weights)["weight"]
+
+
+def test_data_that_is_still_in_a_file_is_refused(model, lazy):
+    with deferred_init():
+        other = nn.Linear(3, 4)
+        with pytest.raises(DeferredParameterError, match=r"weight of Linear.*LazyTensor.*clone"):
+            other.weight.data = lazy
+    with pytest.raises(DeferredParameterError, match=r"weight of Linear.*LazyTensor.*clone"):
+        model[0].weight.data = lazy
+    other.weight.data = lazy.clone()
+    assert torch.equal(other.weight, torch.ones(4, 3))
