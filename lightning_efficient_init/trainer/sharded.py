@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.parsing import clean_namespace
 
 from lightning_efficient_init.deferred import look
 from lightning_efficient_init.lightning_checkpoint import is_streamable, open_lightning_checkpoint
+from lightning_efficient_init.load.own_code import read_attributes
 from lightning_efficient_init.load.replicas import agreed
 from lightning_efficient_init.load.state_dict import streaming_load_state_dict
 from lightning_efficient_init.strategies.sharded import ShardsModules, sharded_init_context
@@ -21,6 +22,8 @@ from lightning_efficient_init.strategies.sharded import ShardsModules, sharded_i
 
 class RecordsModules(ShardsModules, Strategy):
     """A strategy whose modules are recorded inside ``trainer.init_module()``, and sharded when they are set up."""
+
+    _gave_lazy = False  # to hooks, that is
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
@@ -40,6 +43,9 @@ class RecordsModules(ShardsModules, Strategy):
         assert self.lightning_module is not None
         look(self.model)
         look(self.lightning_module)
+        if self._gave_lazy:
+            read_attributes(self.lightning_module)  # what hooks of callbacks have put there
+            self._gave_lazy = False
 
     on_validation_start = on_test_start = on_predict_start = on_train_start
 
@@ -50,6 +56,7 @@ class RecordsModules(ShardsModules, Strategy):
 
     def _open(self, path: _PATH, weights_only: bool | None) -> dict[str, Any]:
         """The checkpoint, with weights and optimizer states as lazy tensors."""
+        self._gave_lazy = True
         with agreed(self.replicas()):
             return open_lightning_checkpoint(path, torch.device("cpu"), weights_only=weights_only is not False)
 

@@ -232,6 +232,29 @@ def test_a_model_that_has_been_evaluated_goes_back_to_a_checkpoint(tmp_path, eng
         assert_equal_states(restored, saved)
 
 
+class PutsIntoTheModule(L.Callback):
+    def on_load_checkpoint(self, trainer, pl_module, checkpoint):
+        pl_module.register_buffer("old", checkpoint["state_dict"]["net.embed.weight"], persistent=False)
+
+
+def _callback(rank, path, engine):
+    trainer = trainer_of(f"efficient_init_{engine}", callbacks=[PutsIntoTheModule()])
+    model = seeded(rank, trainer)
+    trainer.validate(model, data(), ckpt_path=path, verbose=False)
+    assert type(model.old) is torch.Tensor
+    return model.old
+
+
+@engines
+def test_what_callbacks_put_into_the_module_is_real(tmp_path, engine):
+    trainer = trainer_of("auto", 1)
+    model = LitLM()
+    trainer.fit(model, data())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    for old in run_ranks(_callback, 2, tmp_path / "a.ckpt", engine):
+        assert torch.equal(old, model.net.embed.weight)
+
+
 def _one_after_the_other(rank, path, engine):
     trainer = trainer_of(f"efficient_init_{engine}")
     model = seeded(rank, trainer)
