@@ -45,7 +45,7 @@ def _trunc_normal(original: Callable[..., Any], tensor: Any, *args: Any, **kwarg
     if recorder is None or not is_recorded:
         return original(tensor, *args, **kwargs)
     with undisturbed():
-        return recorder.tape.write_whole(original, tensor, *args, *kwargs.values())
+        return recorder.tape.write_whole(original, tensor, *args, **kwargs)
 
 
 def _reduce(original: Callable[..., Any], tensor: torch.Tensor, protocol: Any) -> Any:

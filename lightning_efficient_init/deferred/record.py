@@ -117,11 +117,10 @@ def recording() -> Iterator[Recorder]:
     try:
         with patched(), recorder.active():
             yield recorder
+        recorder.finish()
     except BaseException:
         recorder.abandon()
         raise
-    else:
-        recorder.finish()
     finally:
         places.leave(recorder.tape.generators)
 

@@ -186,17 +186,26 @@ class Places:
             self._users += 1
 
     def leave(self, generators: set[torch.Generator]) -> None:
-        """A recording that drew from ``generators`` ends: they stand where eager construction leaves them."""
+        """A recording that drew from ``generators`` ends: they stand where eager construction leaves them.
+
+        If that cannot be told, for want of memory say, they stand at the last place that is known.
+        """
         with lock:
-            for generator in generators:
-                self.settle(generator)
-                if generator is torch.default_generator and torch.version.cuda is not None:
-                    self._last = (generator.get_state(), self._current[generator][1])
-            self._users -= 1
-            if not self._users:
-                self._tokens.clear()
-                self._latest = None
-                self._current.clear()
+            try:
+                for generator in generators:
+                    self.settle(generator)
+                    if generator is torch.default_generator and torch.version.cuda is not None:
+                        self._last = (generator.get_state(), self._current[generator][1])
+            except BaseException:
+                for generator in generators:
+                    set_state(generator, _known_before(self.place(generator)))
+                raise
+            finally:
+                self._users -= 1
+                if not self._users:
+                    self._tokens.clear()
+                    self._latest = None
+                    self._current.clear()
 
     def _hold(self, draw: Draw, generator: torch.Generator, state: torch.Tensor) -> None:
         """Let ``generator``, which is at ``state``, hold a token for ``draw``."""
@@ -350,6 +359,15 @@ def state_at(draw: Draw) -> State:
         state = state_of(generator)
     draw.stream.states[draw.index] = state
     return state
+
+
+def _known_before(draw: Draw) -> State:
+    """The latest true state that is known at ``draw`` or before."""
+    known = max((index for index in draw.stream.states if index <= draw.index), default=None)
+    if known is not None:
+        return draw.stream.states[known]
+    assert draw.stream.parent is not None
+    return _known_before(draw.stream.parent)
 
 
 def run_for_draws(op: Op, generator: torch.Generator) -> None:

@@ -62,12 +62,12 @@ class Tape:
         self._add_fill(op, recipe, is_random=traits.is_random)
         return target
 
-    def write_whole(self, func: Callable[..., Any], target: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def write_whole(self, func: Callable[..., Any], target: torch.Tensor, *rest: Any, **kwargs: Any) -> torch.Tensor:
         """A Python function that fills all of ``target``, a deferred tensor, with random values."""
         recipe = recipe_of(target)
         assert recipe is not None
         ref = Ref.to(target, recipe)
-        op = Op(func, (ref, *rest), {}, recipe.device, writes=(recipe,), overwrites=ref.covers_recipe)
+        op = Op(func, (ref, *rest), kwargs, recipe.device, writes=(recipe,), overwrites=ref.covers_recipe)
         self._add_fill(op, recipe, is_random=True)
         return target
 

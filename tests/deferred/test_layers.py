@@ -105,6 +105,7 @@ def test_variants_of_layers_are_the_same(build, device, same_as_eager):
         nn.init.normal_,
         nn.init.trunc_normal_,
         lambda t: nn.init.trunc_normal_(t, std=0.02, a=-0.01, b=0.05),
+        lambda t: nn.init._no_grad_trunc_normal_(t, b=2.0, a=-2.0, std=0.02, mean=0.5),
         lambda t: nn.init.constant_(t, 0.3),
         nn.init.ones_,
         nn.init.zeros_,

@@ -796,3 +796,25 @@ def test_factories_keep_the_default_dtype_of_construction(device):
     for found_param, expected_param in zip(materialize(found), expected, strict=True):
         assert found_param.dtype == expected_param.dtype == torch.bfloat16
         assert torch.equal(found_param, expected_param)
+
+
+def test_a_recording_that_cannot_end_leaves_generators_in_a_true_state():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="allocate"), deferred_init():  # which nothing but running it can tell
+        nn.Parameter(torch.empty(10**14)).data.exponential_()
+    assert torch.equal(torch.get_rng_state(), before)
+    expected = nn.Linear(3, 3)
+    torch.set_rng_state(before)
+    with deferred_init():
+        found = nn.Linear(3, 3)
+    assert torch.equal(materialize(found).weight, expected.weight)
+
+
+def test_what_a_recording_that_cannot_end_leaves_behind_is_deferred():
+    model = nn.Module()
+    with pytest.raises(RuntimeError, match="allocate"), deferred_init():
+        model.layer = nn.Linear(3, 3)
+        model.lost = torch.rand(10**14)  # no parameter: it is to be real
+    with pytest.raises(DeferredParameterError):
+        model.layer(torch.ones(1, 3))
