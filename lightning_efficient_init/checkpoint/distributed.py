@@ -4,32 +4,25 @@ How a folder is laid out: ``.metadata`` is a pickle that says of each tensor its
 are where: file, offset, length. The files are ``torch.save`` archives one after the other, one for each chunk, and for
 each object that is no tensor. Lightning adds ``meta.pt``: what was neither a model's nor an optimizer's.
 
-The metadata is read by the standard unpickler (the one in Python), which gets nothing but inert stand-ins for the
-classes that it names, and cannot change those.
+The metadata is read like any other pickle, with inert stand-ins for the classes that it names.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import os
-import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
-
-import torch
 
 from lightning_efficient_init.checkpoint.entry import Chunk, Entry
 from lightning_efficient_init.checkpoint.file import CheckpointFile
 from lightning_efficient_init.checkpoint.format import CheckpointTree
 from lightning_efficient_init.checkpoint.torch_zip import TorchZip, read_archive
-from lightning_efficient_init.checkpoint.unpickle import MAX_PICKLE_BYTES
+from lightning_efficient_init.checkpoint.unpickle import MAX_PICKLE_BYTES, SafeUnpickler
 from lightning_efficient_init.checkpoint.wording import DOWNLOAD_AGAIN, explain, shorten, show
 from lightning_efficient_init.errors import (
-    CheckpointError,
     CorruptCheckpointError,
-    UnsafeCheckpointError,
     UnsupportedCheckpointError,
 )
 
@@ -229,14 +222,17 @@ def _insert(root: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
     root[path[-1]] = value
 
 
-def _with_lists(node: Any, name: Any = None) -> Any:
+def _with_lists(node: Any, name: Any = None, done: dict[tuple[int, bool], Any] | None = None) -> Any:
     """Dicts with the keys 0, 1, 2 and so on were lists; but an optimizer's state, which has numbers for keys."""
     if not isinstance(node, dict):
         return node
-    children = {key: _with_lists(value, key) for key, value in node.items()}
-    if children and name != "state" and list(children) == list(range(len(children))):
-        return list(children.values())
-    return children
+    done = {} if done is None else done
+    place = id(node), name == "state"
+    if place not in done:  # one that is in many places is done once
+        children = {key: _with_lists(value, key, done) for key, value in node.items()}
+        is_list = bool(children) and name != "state" and list(children) == list(range(len(children)))
+        done[place] = list(children.values()) if is_list else children
+    return done[place]
 
 
 def _sizes(value: Any, path: str, name: str) -> tuple[int, ...]:
@@ -263,15 +259,7 @@ def _read_metadata(path: str) -> Any:
                 explain(path, expected=f"at most {MAX_PICKLE_BYTES} bytes", found=file.num_bytes, todo=DOWNLOAD_AGAIN)
             )
         data = file.read(0, file.num_bytes, "the metadata")
-    try:
-        return _MetadataUnpickler(data, path).load()
-    except CheckpointError:
-        raise
-    except Exception as error:  # a damaged program can go wrong in any way
-        found = f"{type(error).__name__}: {shorten(error)}"
-        raise CorruptCheckpointError(
-            explain(path, expected="the metadata of a distributed checkpoint", found=found, todo=DOWNLOAD_AGAIN)
-        ) from error
+    return SafeUnpickler(data, 0, _no_storage, path, _STAND_INS).load_whole()
 
 
 class _Frozen(type):
@@ -292,65 +280,33 @@ class _StandIn(metaclass=_Frozen):
             self.__dict__.update({name: value for name, value in state.items() if isinstance(name, str)})
 
 
-def _joined(*parts: Any) -> str:
-    return "/".join(map(str, parts))
-
-
-def _size(items: Any = ()) -> tuple[Any, ...]:
-    return tuple(items)
+def _joined(*parts: str) -> str:
+    if not all(type(part) is str for part in parts):
+        raise TypeError("a path that is not made of text")
+    return "/".join(parts)
 
 
 def _nothing(*_: Any) -> None:
     return None
 
 
-_CLASSES: Final = {
-    ("torch.distributed.checkpoint.metadata", name): _StandIn
-    for name in (
-        "Metadata",
-        "TensorStorageMetadata",
-        "TensorProperties",
-        "ChunkStorageMetadata",
-        "BytesStorageMetadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "_MEM_FORMAT_ENCODING",
-    )
-} | {("torch.distributed.checkpoint.filesystem", name): _StandIn for name in ("_StorageInfo", "_StoragePrefix")}
-_FUNCTIONS: Final = {
-    ("torch", "Size"): _size,
-    ("torch.serialization", "_get_layout"): _nothing,
-    ("torch._utils", "_get_layout"): _nothing,
-    ("pathlib", "PosixPath"): _joined,
-    ("pathlib", "WindowsPath"): _joined,
-    ("pathlib", "Path"): _joined,
-    ("pathlib._local", "PosixPath"): _joined,
+def _no_storage(pid: Any) -> Any:
+    raise ValueError("a persistent id in the metadata")
+
+
+_METADATA_CLASSES: Final = (
+    "Metadata",
+    "TensorStorageMetadata",
+    "TensorProperties",
+    "ChunkStorageMetadata",
+    "BytesStorageMetadata",
+    "MetadataIndex",
+    "StorageMeta",
+    "_MEM_FORMAT_ENCODING",
+)
+_STAND_INS: Final[dict[str, Any]] = {
+    **{f"torch.distributed.checkpoint.metadata.{name}": _StandIn for name in _METADATA_CLASSES},
+    **{f"torch.distributed.checkpoint.filesystem.{name}": _StandIn for name in ("_StorageInfo", "_StoragePrefix")},
+    "torch._utils._get_layout": _nothing,
+    **{f"pathlib.{name}": _joined for name in ("Path", "PosixPath", "WindowsPath", "_local.PosixPath")},
 }
-
-
-class _MetadataUnpickler(pickle._Unpickler):
-    """The standard unpickler in Python: the one in C allocates what a number in the file says."""
-
-    def __init__(self, data: bytes, path: str) -> None:
-        super().__init__(io.BytesIO(data))
-        self._path = path
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Gives stand-ins, and refuses the rest."""
-        found = _CLASSES.get((module, name)) or _FUNCTIONS.get((module, name))
-        if found is not None:
-            return found
-        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
-            return dtype
-        raise UnsafeCheckpointError(
-            explain(
-                self._path,
-                expected="the metadata of a distributed checkpoint",
-                found=f"the name {shorten(f'{module}.{name}')}, which a checkpoint has no use for",
-                todo="Do not load it unless you know where it is from.",
-            )
-        )
-
-    def persistent_load(self, pid: Any) -> Any:
-        """There are no storages in it."""
-        raise ValueError("a persistent id")

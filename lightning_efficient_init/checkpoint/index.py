@@ -19,7 +19,7 @@ from lightning_efficient_init.checkpoint.safetensors import Safetensors
 from lightning_efficient_init.checkpoint.torch_legacy import LegacyTorch
 from lightning_efficient_init.checkpoint.torch_zip import TorchZip
 from lightning_efficient_init.checkpoint.weights import weights_of
-from lightning_efficient_init.checkpoint.wording import DOWNLOAD_AGAIN, explain
+from lightning_efficient_init.checkpoint.wording import DOWNLOAD_AGAIN, explain, shorten
 from lightning_efficient_init.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -142,6 +142,11 @@ def _reported(path: str) -> Iterator[None]:
     except MemoryError as error:
         raise CorruptCheckpointError(
             explain(path, expected="headers that fit into memory", found="larger ones", todo=DOWNLOAD_AGAIN)
+        ) from error
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:  # of what is no such thing
+        found = f"{type(error).__name__}: {shorten(error)}"
+        raise CorruptCheckpointError(
+            explain(path, expected="headers that describe tensors", found=found, todo=DOWNLOAD_AGAIN)
         ) from error
     except OSError as error:
         raise CheckpointReadError(

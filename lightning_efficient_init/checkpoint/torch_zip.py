@@ -21,7 +21,6 @@ from lightning_efficient_init.checkpoint.trusted import unpickle_trusted
 from lightning_efficient_init.checkpoint.unpickle import (
     MAX_PICKLE_BYTES,
     SafeUnpickler,
-    TruncatedPickleError,
     stored_storage,
 )
 from lightning_efficient_init.checkpoint.wording import DOWNLOAD_AGAIN, SAVE_AGAIN, explain, shorten
@@ -77,12 +76,7 @@ class _Archive:
         unpickler = SafeUnpickler(
             self._read_pickle(), 0, stored_storage, self._file.path, stand_ins, entry_of=self._entry_of
         )
-        try:
-            return unpickler.load()
-        except TruncatedPickleError:
-            raise CorruptCheckpointError(
-                explain(self._file.path, expected="a whole pickle", found="its first part only", todo=DOWNLOAD_AGAIN)
-            ) from None
+        return unpickler.load_whole()
 
     def unpickle_trusted(self) -> Any:
         return unpickle_trusted(self._read_pickle(), self._file.path)

@@ -57,6 +57,10 @@ MAX_PICKLE_BYTES: Final = 1 << 29
 _MAX_INSTRUCTIONS: Final = 1 << 25  # a tensor takes about 30
 _MAX_NOT_COUNTED: Final = 1 << 23  # of which a tensor puts two or three into the memo
 _MAX_KEY_PARTS: Final = 64
+_MAX_COPIES: Final = (
+    8  # of all that a pickle holds; what is called to spell bytes or to fill a container copies it once
+)
+_COPIED_ANYHOW: Final = 1 << 20
 _TENSORS: Final = (StoredTensor, Entry)
 _BLOCKED_MODULES: Final = frozenset({"sys", "os", "posix", "nt"})
 
@@ -262,6 +266,9 @@ _CALLABLE: Final = {id(value) for value in _SAFE.values() if callable(value)} - 
 }
 
 
+_COPYING: Final = frozenset(map(id, (_encode, _bytearray, _set, _size, _counter, _ordered_dict)))
+
+
 def _allowed_by_user() -> dict[str, Any]:
     """What ``torch.serialization.add_safe_globals`` has allowed, by the name a pickle uses."""
     table = {}
@@ -301,6 +308,7 @@ class SafeUnpickler:
         self.pos = pos
         self._skips = skips  # what `_rebuild` may leave out
         self._memo: dict[int, Any] = {}
+        self._num_copied = 0  # characters and items
         self._stack: list[Any] = []
         self._outer: list[list[Any]] = []
 
@@ -325,6 +333,15 @@ class SafeUnpickler:
                     todo=DOWNLOAD_AGAIN,
                 )
             ) from error
+
+    def load_whole(self) -> Any:
+        """As `load`, where there is no more data: an end before that of the program is an error, too."""
+        try:
+            return self.load()
+        except TruncatedPickleError:
+            raise CorruptCheckpointError(
+                explain(self._file, expected="a whole pickle", found="its first part only", todo=DOWNLOAD_AGAIN)
+            ) from None
 
     def _run_all(self, start: int) -> Any:
         try:
@@ -631,6 +648,10 @@ class SafeUnpickler:
         function = self._stack[-1]
         if id(function) not in _CALLABLE and not self._is_allowed(function):
             raise TypeError(f"a call of {show(function)}, which may not be called")
+        if id(function) in _COPYING and args:
+            self._num_copied += len(args[0])
+            if self._num_copied > _MAX_COPIES * len(self._data) + _COPIED_ANYHOW:
+                raise ValueError("a pickle that makes copy after copy of what it holds")
         self._stack[-1] = function(*args)
 
     def _new_object(self) -> None:
@@ -668,7 +689,7 @@ class SafeUnpickler:
 def _checked_key(key: Any, parts: int = _MAX_KEY_PARTS) -> Any:
     """Lets only those keys pass whose hash takes no time to speak of."""
     kind = type(key)
-    if kind is tuple:
+    if kind is tuple or kind is torch.Size:
         if len(key) > parts:
             raise TypeError("a dictionary key of too many parts")
         for item in key:

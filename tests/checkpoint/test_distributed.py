@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import shutil
 
@@ -146,6 +147,59 @@ def test_transformed_chunks_are_refused(folder):
     edit(folder, compress)
     with pytest.raises(UnsupportedCheckpointError, match=r"zstd.*Save it without"):
         index_checkpoint(folder)
+
+
+def short(body):
+    return b"\x80\x05" + body + b"."
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        short(b"\x96" + (1 << 40).to_bytes(8, "little")),  # BYTEARRAY8
+        short(b"})" + b"2\x86" * 64 + b"Ns"),  # a key of pairs of pairs
+        short(b"})" + b"q\x00h\x00\x86" * 64 + b"Ns"),
+        short(b"cpathlib\nPosixPath\n)" + b"q\x00h\x00\x86" * 64 + b"\x85R"),
+        short(b"ctorch\nSize\nN}(X\x0c\x00\x00\x00__defaults__K\x07\x85u\x86b"),
+    ],
+    ids=["enormous", "duplicated keys", "keys", "paths", "functions"],
+)
+def test_metadata_that_takes_forever_or_changes_functions_is_refused(folder, program):
+    (folder / ".metadata").write_bytes(program)
+    with pytest.raises(CorruptCheckpointError, match=r"a sound pickle|a whole pickle"):
+        index_tree(folder)
+
+
+def test_an_object_that_spells_out_to_an_enormous_one_takes_no_time(folder):
+    shared = {}
+    for _ in range(64):
+        shared = {"a": shared, "b": shared}
+    saved = io.BytesIO()
+    torch.save(shared, saved)
+
+    def replace(metadata):
+        info = next(info for index, info in metadata.storage_data.items() if index.offset is None)
+        path = folder / info.relative_path
+        info.offset, info.length = path.stat().st_size, len(saved.getvalue())
+        path.write_bytes(path.read_bytes() + saved.getvalue())
+
+    edit(folder, replace)
+    assert index_tree(folder)
+
+
+def confusing(metadata):
+    metadata.state_dict_metadata["model.rows"].chunks = None
+
+
+def nameless(metadata):
+    metadata.planner_data["model.rows"] = ([], "rows")
+
+
+@pytest.mark.parametrize("change", [confusing, nameless])
+def test_metadata_of_other_kinds_is_corrupt(folder, change):
+    edit(folder, change)
+    with pytest.raises(CorruptCheckpointError):
+        index_tree(folder)
 
 
 def test_truncated_files_and_metadata_say_so(folder):

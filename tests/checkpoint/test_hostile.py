@@ -307,6 +307,24 @@ def test_members_that_take_forever_to_hash_are_reported(write_torch_zip, add):
         index_checkpoint(write_torch_zip(program))
 
 
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"c_codecs\nencode\nq\x000X\x00\x00\x10\x00" + b"a" * (1 << 20) + b"q\x010](" + b"h\x00h\x01\x85R" * 64 + b"e",
+        b"ccollections\nOrderedDict\nq\x000]("
+        + b"K\x01K\x02\x86" * 100_000
+        + b"eq\x010]("
+        + b"h\x00h\x01\x85R" * 99
+        + b"e",
+        b"ctorch\nSize\n](" + b"K\x01" * 200_000 + b"e\x85Rq\x000}q\x010" + b"h\x01h\x00Ns0" * 9,
+    ],
+    ids=["bytes", "dicts", "keys"],
+)
+def test_copies_of_copies_are_refused(write_torch_zip, program):
+    with pytest.raises(CorruptCheckpointError, match=r"copy after copy|too many parts"):
+        index_checkpoint(write_torch_zip(b"\x80\x02" + program + b"."))
+
+
 def test_a_tree_that_spells_out_to_an_enormous_one_takes_no_time(write_torch_zip):
     program = b"]" + b"q\x000](h\x00h\x00e" * 200
     index = index_checkpoint(
