@@ -162,29 +162,28 @@ def initialize_required(module: Module) -> None:
     initialize(module, [name for name, recipe in recipes.items() if recipe is not None and not recipe.is_optional])
 
 
-def share_buffers(module: Module, group: Any = None) -> None:
+def share_buffers(module: Module) -> None:
     """Give all ranks rank 0's buffers, which may hold random numbers.
 
     Raises:
         DeferredInitError: The ranks have other buffers.
     """
-    if is_alone(group):
+    if is_alone():
         return
     buffers = {n: b for n, b in module.named_buffers() if not (b.is_meta or is_dtensor(b)) and b.numel()}
     owned = {name: _without_repeats(buffer.detach()) for name, buffer in buffers.items()}
-    kinds = exchange({name: (tuple(t.shape), str(t.dtype), str(t.layout)) for name, t in owned.items()}, group)
+    kinds = exchange({name: (tuple(t.shape), str(t.dtype), str(t.layout)) for name, t in owned.items()})
     if other := {name for found in kinds for name, _ in found.items() ^ kinds[0].items()}:
         raise DeferredInitError(
             f"{shorten(sorted(other))}: expected buffers of one shape, dtype and layout on all ranks, found others. "
             "Build the same model on every rank."
         )
-    source = distributed.get_global_rank(group, 0) if group is not None else 0
     for name, own in owned.items():
         if own.layout is not torch.strided or own.is_quantized:
-            parameter.exchange(buffers[name], from_first(own.cpu(), group).to(own.device))
+            parameter.exchange(buffers[name], from_first(own.cpu()).to(own.device))
             continue
         flat = own.resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
-        distributed.broadcast(flat, source, group=group)
+        distributed.broadcast(flat, 0)
         if flat.data_ptr() != own.data_ptr():
             own.copy_(flat.view(own.dtype).view(own.shape))
 

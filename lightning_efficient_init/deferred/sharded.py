@@ -80,30 +80,29 @@ def _first_order(recipe: Recipe) -> int:
     return next((op.order for op in operations_for([recipe])), -1)
 
 
-def agree(refs: Iterable[Ref], device: torch.device, group: Any = None) -> None:
+def agree(refs: Iterable[Ref], device: torch.device) -> None:
     """Let the recipes of all ranks give what rank 0's give, whatever the seeds of the others. All ranks come here.
 
     Args:
         refs: The same windows in the same order on all ranks.
         device: This rank's device, which stands for rank 0's.
-        group: The ranks; all there are, by default.
 
     Raises:
         DeferredInitError: The ranks have recorded different models.
     """
-    if is_alone(group):
+    if is_alone():
         return
     with parameter.undisturbed():
         recipes = dict.fromkeys(ref.recipe for ref in refs)
         ops = operations_for(recipes)
-        _agree_on_numbers(ops, recipes, group)
-        _agree_on_streams(ops, device, group)
+        _agree_on_numbers(ops, recipes)
+        _agree_on_streams(ops, device)
 
 
-def _agree_on_numbers(ops: list[Op], recipes: Iterable[Recipe], group: Any) -> None:
+def _agree_on_numbers(ops: list[Op], recipes: Iterable[Recipe]) -> None:
     """Compare what the operations are, and their numbers and constants; rank 0's count."""
     prints = [zlib.crc32(pickle.dumps(list(map(_content, _leaves(op))))) for op in ops]
-    found = exchange((_digest(_structure(ops, recipes)), _digest(prints)), group)
+    found = exchange((_digest(_structure(ops, recipes)), _digest(prints)))
     if len({structure for structure, _ in found}) > 1:
         counts = [rank for rank, (structure, _) in enumerate(found) if structure != found[0][0]]
         raise DeferredInitError(
@@ -111,7 +110,7 @@ def _agree_on_numbers(ops: list[Op], recipes: Iterable[Recipe], group: Any) -> N
             "the same model on every rank, in the same order; its random numbers are rank 0's in any case."
         )
     if len({content for _, content in found}) > 1:
-        theirs = from_first([list(_leaves(op)) for op in ops], group)
+        theirs = from_first([list(_leaves(op)) for op in ops])
         for op, leaves in zip(ops, theirs, strict=True):
             _replace_leaves(op, leaves)
 
@@ -135,11 +134,11 @@ def _drawn(op: Op) -> Any:
     return _name_of(op.func), [(ref.size, ref.dtype) for ref in (*op.outs, *op.args) if isinstance(ref, Ref)]
 
 
-def _agree_on_streams(ops: list[Op], device: torch.device, group: Any) -> None:
+def _agree_on_streams(ops: list[Op], device: torch.device) -> None:
     streams = list(_streams(ops))
     elsewhere = [stream.elsewhere.get(device) for stream in streams]
-    theirs = from_first(list(zip(map(_known_states, streams), elsewhere, strict=True)), group)
-    if distributed.get_rank(group) == 0:
+    theirs = from_first(list(zip(map(_known_states, streams), elsewhere, strict=True)))
+    if distributed.get_rank() == 0:
         return
     for stream, (states, there) in zip(streams, theirs, strict=True):
         stream._twins.clear()
@@ -165,12 +164,12 @@ def _streams(ops: Iterable[Op]) -> Iterator[Stream]:
             stream = origin.stream if origin is not None else None
 
 
-def from_first(value: Any, group: Any) -> Any:
-    """What rank 0 of the group has; anything that can be pickled. All ranks come here."""
-    sent = pickle.dumps(value) if distributed.get_rank(group) == 0 else b""  # if this fails, the others still listen
-    exchange(None, group)
+def from_first(value: Any) -> Any:
+    """What rank 0 has; anything that can be pickled. All ranks come here."""
+    sent = pickle.dumps(value) if distributed.get_rank() == 0 else b""  # if this fails, the others still listen
+    exchange(None)
     box = [sent]
-    distributed.broadcast_object_list(box, src=distributed.get_global_rank(group, 0) if group else 0, group=group)
+    distributed.broadcast_object_list(box, src=0)
     return pickle.loads(box[0])
 
 

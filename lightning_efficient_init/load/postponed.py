@@ -60,7 +60,8 @@ def postpone(plan: LoadPlan, settings: Settings, *, mmap: bool = False) -> LoadR
         )
     binding = plan.binding
     claim((binding.tensors[name] for name in _names(binding)), plan.path)
-    _waiting.setdefault(binding.module, []).append(_Waiting(next(_orders), plan, settings))
+    bare = replace(plan, binding=replace(binding, module=Module()))  # what waits for a module does not keep it alive
+    _waiting.setdefault(binding.module, []).append(_Waiting(next(_orders), bare, settings))
     return LoadReport(
         loaded=tuple(_names(binding)),
         initialized=(),
@@ -86,19 +87,21 @@ def take_waiting(module: Module) -> list[tuple[LoadPlan, Settings]]:
     Raises:
         CheckpointReadError: A file of theirs has been replaced, or is gone.
     """
-    found = [waiting for child in module.modules() for waiting in _waiting.pop(child, [])]
-    for waiting in found:
+    found = [(waiting, child) for child in module.modules() for waiting in _waiting.pop(child, [])]
+    for waiting, _ in found:
         waiting.plan.seal.check_all()
-    return [(_renewed(w.plan), w.settings) for w in sorted(found, key=lambda w: w.order)]
+    found.sort(key=lambda one: one[0].order)
+    return [(_renewed(waiting.plan, child), waiting.settings) for waiting, child in found]
 
 
-def _renewed(plan: LoadPlan) -> LoadPlan:
-    """The same plan for the tensors that there are now."""
+def _renewed(plan: LoadPlan, module: Module) -> LoadPlan:
+    """The same plan for the tensors that ``module`` has now."""
     binding = plan.binding
-    now = {strip_wrappers(name): (name, tensor) for name, tensor in named_state(binding.module).items()}
+    now = {strip_wrappers(name): (name, tensor) for name, tensor in named_state(module).items()}
     names = {old: now[strip_wrappers(old)][0] for old in binding.tensors}
     fresh = replace(
         binding,
+        module=module,
         tensors={names[old]: now[strip_wrappers(old)][1] for old in binding.tensors},
         entries=_renamed(binding.entries, names),
         direct={},

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from lightning_efficient_init.deferred import (
     empty_init,
     is_deferred,
     materialize,
+    postponed_init,
     replay,
     uninitialized_parameters,
     watch,
@@ -386,3 +389,14 @@ def test_random_buffers_that_are_loaded_inside_the_context_stay_loaded(load, con
     assert torch.equal(found.table, expected.table)
     assert found.rows.data_ptr() == found.table[1].data_ptr()
     assert found.of_weight.data_ptr() == found.layer.weight.data_ptr()
+
+
+def test_a_checkpoint_that_waits_for_a_model_does_not_keep_it_alive(tmp_path):
+    torch.save(nn.Linear(3, 3).state_dict(), tmp_path / "w.pth")
+    with postponed_init(is_optional=True):
+        model = nn.Linear(3, 3)
+    load_checkpoint(model, tmp_path / "w.pth")
+    ref = weakref.ref(model)
+    del model
+    gc.collect()
+    assert ref() is None
