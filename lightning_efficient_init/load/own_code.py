@@ -1,10 +1,11 @@
 """Modules that load by code of their own: what will that code copy where?
 
 The code is run twice at most. First it is asked: it gets lazy tensors, whatever it writes into the module's tensors is
-noted instead of done, and attributes that it sets are put back. If all it did was to copy values of the state dict
-into tensors (most renames, prefixes and forgiving hooks come to that), what it noted is streamed together with the
-rest of the model. If it did anything else (concatenated, wrote a part, set an attribute, looked at a tensor after it
-had loaded it), it runs once more, for real, when all other values are in place: slower, and right whatever it does.
+noted instead of done, and what it changes in attributes, and in lists, sets and dicts that they are (hooks are in such
+dicts), is put back. If all it did was to copy values of the state dict into tensors (most renames, prefixes and
+forgiving hooks come to that), what it noted is streamed together with the rest of the model. If it did anything else
+(concatenated, wrote a part, set an attribute, removed its hook, looked at a tensor after it had loaded it), it runs
+once more, for real, when all other values are in place: slower, and right whatever it does.
 
 Decided against: keeping what the first run computed, for a checkpoint in an old layout would then be in memory whole.
 """
@@ -27,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_efficient_init.checkpoint import LazyTensor, as_saved, lazy_tree, map_leaves
-from lightning_efficient_init.errors import CheckpointError, StateDictMismatchError
+from lightning_efficient_init.errors import CheckpointError, StateDictMismatchError, shorten
 from lightning_efficient_init.patching import ScopedPatch
 from lightning_efficient_init.sinks import shape_of
 
@@ -76,9 +77,11 @@ def ask(module: Module, own: dict[str, torch.Tensor], state: dict[str, Any], met
     notes = _Notes(own, part)
     found = _Found()
     kept = _Kept(module)
+    is_complete = False
     with kept, notes, _materialize_noted(), _WithoutWarnings():
         try:
             _run(module, part, metadata, found, is_asked=True)
+            is_complete = True
         except CheckpointError:
             raise
         except Exception:
@@ -93,7 +96,7 @@ def ask(module: Module, own: dict[str, torch.Tensor], state: dict[str, Any], met
             for hook in submodule._load_state_dict_post_hooks.values()
         ]
     else:
-        calls = [partial(_run_for_real, module, part, metadata, found.errors)]
+        calls = [partial(_run_for_real, module, part, metadata, found, is_complete=is_complete)]
     return Answer(notes.copies, is_plain, calls, found.missing, found.unexpected, mismatched, errors)
 
 
@@ -129,13 +132,17 @@ def _run(module: Module, state: dict[str, Any], metadata: Any, found: _Found, *,
     load(module, copied, "")
 
 
-def _run_for_real(module: Module, state: dict[str, Any], metadata: Any, known_errors: list[str]) -> None:
+def _run_for_real(module: Module, state: dict[str, Any], metadata: Any, known: _Found, *, is_complete: bool) -> None:
+    """Run it once more; what is ``known``, up to its end or not, somebody has agreed to already."""
     found = _Found()
     devices = {submodule: _device_of(submodule) for submodule in module.modules()}
     with _WithoutWarnings():
         _run(module, state, metadata, found, is_asked=False)
     _read_attributes(devices)
-    if errors := [error for error in found.errors if error not in known_errors]:
+    errors = [error for error in found.errors if error not in known.errors]
+    if is_complete and (missing := [name for name in found.missing if name not in known.missing]):
+        errors.append(f"{shorten(missing)}: not missing when its loading code was first run, to see what it does.")
+    if errors:
         raise StateDictMismatchError(f"{type(module).__name__} could not load its part: " + "\n  ".join(errors))
 
 
@@ -257,7 +264,7 @@ _materialize_noted = ScopedPatch(UninitializedTensorMixin, "materialize", lambda
 
 
 class _Kept:
-    """Puts back what code changes in the attributes of a module and of all in it.
+    """Puts back what code changes in the attributes of a module and of all in it, and in containers that they are.
 
     Attributes:
         has_changed: Whether anything had to be put back.
@@ -265,17 +272,30 @@ class _Kept:
 
     def __init__(self, module: Module) -> None:
         self.has_changed = False
-        self._before = [(attributes, dict(attributes)) for m in module.modules() for attributes in _attributes(m)]
+        self._before = [(container, container.copy()) for m in module.modules() for container in _containers(m)]
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, *_: object) -> None:
-        for attributes, before in self._before:
-            if attributes.keys() != before.keys() or any(attributes[name] is not before[name] for name in before):
+        for container, before in self._before:
+            if not _are_same(container, before):
                 self.has_changed = True
-                attributes.clear()
-                attributes.update(before)
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(before)
+
+
+def _containers(module: Module) -> Iterator[Any]:
+    """The module's attributes, and those of them that hold others: hooks, parameters, lists of the user's own."""
+    yield vars(module)
+    yield from (value for value in vars(module).values() if isinstance(value, dict | list | set))
+
+
+def _are_same(container: Any, other: Any) -> bool:
+    """Whether both hold the same objects."""
+    if isinstance(container, dict) and not _are_same([*container.values()], [*other.values()]):
+        return False
+    return len(container) == len(other) and all(a is b for a, b in zip(container, other, strict=True))
 
 
 def _attributes(module: Module) -> Iterator[dict[str, Any]]:
