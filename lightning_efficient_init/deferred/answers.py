@@ -481,7 +481,7 @@ def _type(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str
 
 def _copy(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Weights that come from outside: the parameter gets its memory now."""
-    target, source = args[0], args[1] if len(args) > 1 else kwargs["src"]
+    target, source = args[0], args[1] if len(args) > 1 else kwargs["other"]
     if is_deferred(target) and is_external(source):
         with undisturbed():
             check_copy(target, source)

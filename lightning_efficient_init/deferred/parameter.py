@@ -272,7 +272,7 @@ def _caller() -> FrameType:
 
 def _load(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``p.copy_(weights)``: the parameter gets memory, and the weights."""
-    target, source = args[0], args[1] if len(args) > 1 else kwargs["src"]
+    target, source = args[0], args[1] if len(args) > 1 else kwargs["other"]
     if isinstance(source, Guarded):
         if target.is_meta and not isinstance(target, Guarded):
             return func(*args, **kwargs)

@@ -74,7 +74,7 @@ def ask(module: Module, own: dict[str, torch.Tensor], state: dict[str, Any], met
         metadata: Name of a submodule to what the state dict says of its version.
     """
     part = {key: lazy_tree(value) if not isinstance(value, LazyTensor) else value for key, value in state.items()}
-    notes = _Notes(own, part)
+    notes = _Notes(module, own, part)
     found = _Found()
     kept = _Kept(module)
     is_complete = False
@@ -165,7 +165,8 @@ class _Notes(TorchFunctionMode):
     """Notes what is written into a module's tensors instead of doing it.
 
     Args:
-        own: The module's tensors, by name.
+        module: The module.
+        own: Its tensors that a state dict holds, by name.
         offered: The state dict.
 
     Attributes:
@@ -174,36 +175,36 @@ class _Notes(TorchFunctionMode):
         is_materialized: Whether a parameter without a shape was given one.
     """
 
-    def __init__(self, own: dict[str, torch.Tensor], offered: dict[str, Any]) -> None:
+    def __init__(self, module: Module, own: dict[str, torch.Tensor], offered: dict[str, Any]) -> None:
         super().__init__()
         self.copies: dict[str, Any] = {}
         self.is_plain = True
         self.is_materialized = False
         self._names = {_place(tensor): name for name, tensor in own.items()}
         self._storages = {_storage(tensor) for tensor in own.values()}
+        self._storages |= {_storage(tensor) for submodule in module.modules() for tensor in _tensors(submodule)}
         self._written: set[int] = set()
         self._keys = set(offered)
         self._offered = {id(value) for value in offered.values() if isinstance(value, torch.Tensor)}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        target = args[0] if args and isinstance(args[0], torch.Tensor) else kwargs.get("out")
-        if _writes(func, kwargs) and isinstance(target, torch.Tensor) and _storage(target) in self._storages:
-            self._note(func, target, args, kwargs)
-            return target
+        if _writes(func, kwargs):
+            target = _target(args, kwargs)
+            if written := [tensor for tensor in _tensors_in(target) if _storage(tensor) in self._storages]:
+                self._note(func, written, args, kwargs)
+                return target
         if self._written and not _is_about(func):
-            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-            self.is_plain &= not any(_storage(tensor) in self._written for tensor in tensors)
+            self.is_plain &= not any(_storage(tensor) in self._written for tensor in _tensors_in((args, kwargs)))
         return func(*args, **kwargs)
 
-    def _note(self, func: Any, target: torch.Tensor, args: Any, kwargs: Any) -> None:
-        name = self._names.get(_place(target))
-        self._written.add(_storage(target))
-        value = args[1] if len(args) > 1 else kwargs.get("src")
+    def _note(self, func: Any, written: list[torch.Tensor], args: Any, kwargs: Any) -> None:
+        target, name = written[0], self._names.get(_place(written[0]))
+        self._written.update(map(_storage, written))
         if func is not torch.Tensor.copy_ or name is None:
             self.is_plain = False
             return
-        self.copies[name] = value
+        value = self.copies[name] = args[1] if len(args) > 1 else kwargs["other"]
         self.is_plain &= self._is_offered(value, target) or self._is_number(name, value, target)
 
     def _is_offered(self, value: Any, target: torch.Tensor) -> bool:
@@ -218,6 +219,16 @@ class _Notes(TorchFunctionMode):
         is_scalar = type(value) is torch.Tensor and value.dim() == 0 and not value.is_meta
         is_fit = not torch.nn.parameter.is_lazy(target) and shape_of(target) == ()
         return is_scalar and is_fit and name not in self._keys
+
+
+def _tensors_in(arguments: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
+
+
+def _target(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What an operation that writes would write to, a tensor or several."""
+    out = kwargs.get("out")
+    return next(iter((*args, *kwargs.values())), None) if out is None else out
 
 
 def _writes(func: Any, kwargs: dict[str, Any]) -> bool:

@@ -41,7 +41,7 @@ class _Copyable(QuantizedParameter):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.copy_ and isinstance(args[0], QuantizedParameter):
-            return _copy(args[0], args[1] if len(args) > 1 else (kwargs or {})["src"])
+            return _copy(args[0], args[1] if len(args) > 1 else (kwargs or {})["other"])
         return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[misc]
 
 

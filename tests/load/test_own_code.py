@@ -2,12 +2,20 @@
 
 import copy
 
+import lightning as L
 import pytest
 import torch
 import torchmetrics
 from torch import nn
 
-from lightning_efficient_init import deferred_init, load_checkpoint, plan_load, uninitialized_parameters
+from lightning_efficient_init import (
+    EfficientInit,
+    deferred_init,
+    load_checkpoint,
+    materialize,
+    plan_load,
+    uninitialized_parameters,
+)
 from lightning_efficient_init.deferred import empty_init
 from lightning_efficient_init.errors import StateDictMismatchError
 
@@ -93,6 +101,35 @@ class Forgiving(nn.Module):
             module.norm.copy_(module.weight.norm())
 
 
+class Writing(nn.Module):
+    """Writes as torch's functions do that take what they write to in a list, by keyword or as ``out``."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3))
+        self.bias = nn.Parameter(torch.randn(4))
+        self.scale = nn.Parameter(torch.randn(4))
+        self.register_buffer("norm", torch.zeros(()), persistent=False)
+        self.steps = torch.zeros(2)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        with torch.no_grad():
+            torch._foreach_copy_([self.weight], [state_dict[f"{prefix}weight"]])
+            torch.mul(state_dict[f"{prefix}bias"], 2, out=self.bias)
+            torch.relu_(input=self.scale.copy_(other=state_dict[f"{prefix}scale"]))
+            torch.norm(state_dict[f"{prefix}weight"], out=self.norm)
+            self.steps += 1
+
+
+class Keyword(nn.Linear):
+    """Copies what it is given by keyword."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                parameter.copy_(other=state_dict[f"{prefix}{name}"])
+
+
 class Extra(nn.Module):
     def __init__(self, state=None):
         super().__init__()
@@ -110,6 +147,8 @@ CASES = {
     "concatenates": (BareSum, {"upper": torch.rand(2, 3), "lower": torch.rand(2, 3)}),
     "concatenates nothing": (BareSum, {"weight": torch.rand(4, 3)}),
     "writes through data": (DataCopy, {"weight": torch.rand(4, 3), "bias": torch.rand(4)}),
+    "writes in other ways": (Writing, {"weight": torch.rand(4, 3), "bias": torch.rand(4), "scale": torch.randn(4)}),
+    "copies by keyword": (lambda: Keyword(3, 4), {"weight": torch.rand(4, 3), "bias": torch.rand(4)}),
     "resizes": (Resizing, {"table": torch.rand(5, 3), "counts": torch.arange(3)}),
     "renames": (Renaming, {"old": torch.rand(4, 3)}),
     "forgives": (Forgiving, {"weight": torch.rand(4, 3)}),
@@ -139,11 +178,9 @@ CASES = {
 
 
 def visible(module):
-    """What a load may have changed: attributes of all modules that are not tensors or hooks."""
-    return [
-        {k: v for k, v in vars(m).items() if k in ("seen", "largest", "counts", "num_loads", "state")}
-        for m in module.modules()
-    ]
+    """What a load may have changed beside parameters."""
+    names = ("seen", "largest", "counts", "num_loads", "state", "steps", "norm")
+    return [{k: v for k, v in (vars(m) | m._buffers).items() if k in names} for m in module.modules()]
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
@@ -171,8 +208,8 @@ def test_a_module_with_loading_code_comes_out_as_load_state_dict_leaves_it(
     assert {name for name in wanted if name not in missing} <= set(report.loaded)
     assert report.num_bytes == sum(tensor.nbytes for tensor in state.values())
     for one, other in zip(visible(model), visible(expected), strict=True):
-        assert str(one.get("counts")).replace(", device='cuda:0'", "") == str(other.get("counts"))
-        assert [one.get(k) for k in ("largest", "num_loads")] == [other.get(k) for k in ("largest", "num_loads")]
+        for name in ("counts", "largest", "num_loads", "steps", "norm"):
+            assert str(one.get(name)).replace(", device='cuda:0'", "") == str(other.get(name))
     assert uninitialized_parameters(model) == []
 
 
@@ -183,11 +220,7 @@ def test_planning_leaves_a_module_with_loading_code_alone(case, tmp_path, bits):
     torch.save(state, tmp_path / "w.pt")
     before = bits(model), str(visible(model)), {id(t) for t in model.state_dict(keep_vars=True).values()}
     plan_load(model, tmp_path / "w.pt")
-    seen = [state.pop("seen", None) for state in visible(model)]
-    assert bits(model) == before[0]
-    assert {id(t) for t in model.state_dict(keep_vars=True).values()} == before[2]
-    assert not any("counts" in str(s) and "tensor" in str(s) for s in visible(model))
-    assert all(s in (None, []) for s in seen)
+    assert (bits(model), str(visible(model)), {id(t) for t in model.state_dict(keep_vars=True).values()}) == before
 
 
 def test_a_derived_buffer_of_a_post_hook_sees_the_loaded_values(tmp_path):
@@ -442,3 +475,29 @@ def test_an_error_in_loading_code_comes_through_and_nothing_changes(tmp_path, bi
     with pytest.raises(KeyError, match="its own error"):
         load_checkpoint(model, tmp_path / "w.pt")
     assert bits(model) == before
+
+
+@pytest.mark.parametrize("is_inside", [True, False])
+def test_deferred_parameters_are_copied_to_by_keyword_too(is_inside):
+    value = torch.rand(4, 3)
+    with deferred_init(), torch.no_grad():
+        model = nn.Linear(3, 4)
+        if is_inside:
+            model.weight.copy_(other=value)
+    with torch.no_grad():
+        if not is_inside:
+            model.weight.copy_(other=value)
+    materialize(model)
+    assert torch.equal(model.weight, value)
+
+
+def test_quantized_weights_are_copied_to_by_keyword_too():
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    layers = []
+    with L.Fabric(accelerator="cpu", plugins=[EfficientInit("32-true", quantize="nf4")]).init_module():
+        layers += [nn.Linear(64, 4), nn.Linear(64, 4)]
+    value = torch.rand(4, 64)
+    with torch.no_grad():
+        layers[0].weight.copy_(value)
+        layers[1].weight.copy_(other=value)
+    assert torch.equal(layers[0].weight, layers[1].weight)
