@@ -105,7 +105,8 @@ class Segment:
     def dest_bytes(self) -> torch.Tensor:
         """The memory as bytes."""
         if self._dest_bytes is None:
-            self._dest_bytes = self.dest if self.memory.dtype is torch.uint8 else self.dest.view(torch.uint8)
+            dest = self.dest.as_strided((len(self.dest),), (1,))  # the stride of one element may be any, but for `view`
+            self._dest_bytes = dest if self.memory.dtype is torch.uint8 else dest.view(torch.uint8)
         return self._dest_bytes
 
     @property

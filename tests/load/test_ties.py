@@ -32,6 +32,15 @@ def test_a_tied_model_loads_a_tied_file_once_and_stays_tied(context, tmp_path, b
     assert report.loaded == ("embed.weight", "head.weight")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_one_element_of_any_stride_takes_what_others_take_too(dtype, params, tmp_path):
+    model = params(a=nn.Parameter(torch.linspace(0, 1, 2)[::2]), b=nn.Parameter(torch.zeros(1)))
+    value = torch.ones(1, dtype=dtype)
+    torch.save({"a": value, "b": value}, tmp_path / "w.pt")
+    load_checkpoint(model, tmp_path / "w.pt")
+    assert [model.a.item(), model.b.item()] == [1, 1]
+
+
 @pytest.mark.parametrize("lacking", ["embed.weight", "head.weight"])
 @pytest.mark.parametrize("context", [torch.enable_grad, deferred_init, empty_init])
 def test_a_name_that_the_file_lacks_is_not_missing_if_its_tensor_is_there(context, lacking, tmp_path, bits):

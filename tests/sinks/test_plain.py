@@ -64,6 +64,14 @@ def test_other_layouts_arrive_in_scratch_memory_of_the_entrys_extent(value, targ
     assert moved.stride() == target.stride()
 
 
+@pytest.mark.parametrize("shape", [(1,), (1, 1)])
+def test_one_element_of_any_stride_is_seen_as_bytes(shape, entry_of):
+    tensor = torch.zeros(2).as_strided(shape, (2,) * len(shape), 1)
+    segment = plain_sink("t", tensor, entry_of(torch.ones(shape))).segments()[0]
+    segment.dest_bytes.copy_(torch.ones(1).view(torch.uint8))
+    assert tensor.item() == 1
+
+
 def test_an_empty_tensor_needs_nothing(entry_of):
     entry = entry_of(torch.empty(0, 3))
     sink = plain_sink("t", torch.zeros(0, 3), entry)
