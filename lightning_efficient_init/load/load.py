@@ -165,16 +165,16 @@ def _write(
         read = writes.names()
         if mmap:
             map_entries(model, {name: (tensors[name], binding.entries[name]) for name in read})
-        else:
-            sharing = replicas and replicas.confirm([_work(writes), settings])
-            written: list[str] = []
-            for wave in writes.waves:
-                _stream_wave(writes, wave, settings, meter, sharing, written)
+        sharing = None if mmap or replicas is None else replicas.confirm([_work(writes), settings])
+    written: list[str] = []
+    for wave in writes.waves:
+        if not mmap:
+            with undisturbed():
+                _stream_wave(writes, writes.read_in(wave), settings, meter, sharing, written)
+        _copy_values(writes, wave, written)
+    with undisturbed():
         _note_writes([tensors[name] for name in read])
         refresh(tensors[name] for name in read if name in writes.parts)
-    with torch.inference_mode():  # which may write to inference tensors as well as to others
-        for tensor, value in writes.values:
-            _copy_value(tensor, value)
     try:
         for call in binding.calls:
             call()
@@ -212,6 +212,14 @@ def _copies(tensors: Sequence[torch.Tensor], replicas: Replicas) -> Replicas | N
     groups = {id(group): group for group in map(copies_of, tensors)}
     group = next(iter(groups.values())) if len(groups) == 1 else None
     return None if group is None else Replicas(group, replicas)
+
+
+@torch.inference_mode()  # which may write to inference tensors as well as to others
+def _copy_values(writes: Writes, wave: Sequence[str], written: list[str]) -> None:
+    """Copy what is in memory to tensors that have no memory in common, and add their names to ``written``."""
+    for name in [name for name in wave if name in writes.values] if writes.values else ():
+        _copy_value(writes.tensors[name], writes.values[name])
+        written.append(name)
 
 
 def _copy_value(tensor: torch.Tensor, value: torch.Tensor) -> None:
@@ -263,7 +271,7 @@ def _sinks(writes: Writes, names: Iterable[str]) -> list[Sink]:
 def _work(writes: Writes) -> list[object]:
     """What loading is about to do, to be compared between ranks, whose devices have other numbers."""
     numbers: dict[torch.device, int] = {}
-    return [[_work_of(name, writes, numbers) for name in wave] for wave in writes.waves]
+    return [[_work_of(name, writes, numbers) for name in writes.read_in(wave)] for wave in writes.waves]
 
 
 def _work_of(name: str, writes: Writes, numbers: dict[torch.device, int]) -> tuple[object, ...]:

@@ -29,9 +29,9 @@ class Writes:
         direct: What fills those of ``entries`` whose bytes go straight to the tensor's memory, as far as somebody has
             looked.
         parts: What this rank holds of tensors that have been taken apart; found out here, once.
-        waves: Names of what comes from files: all at once, but those that overlap an earlier tensor come after it, one
-            by one.
-        values: Tensors, and the values in memory that are copied into them afterwards.
+        waves: Names: all at once, but those that overlap an earlier tensor come after it, one by one. Of each wave what
+            comes from files is first.
+        values: Name to the value in memory that is copied into the tensor.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -39,11 +39,15 @@ class Writes:
     direct: Mapping[str, Segment]
     parts: Mapping[str, Part]
     waves: list[list[str]]
-    values: list[tuple[torch.Tensor, torch.Tensor]]
+    values: Mapping[str, torch.Tensor]
 
     def names(self) -> list[str]:
         """All that comes from files."""
-        return [name for wave in self.waves for name in wave]
+        return [name for wave in self.waves for name in self.read_in(wave)]
+
+    def read_in(self, wave: Iterable[str]) -> list[str]:
+        """What comes from files in one wave."""
+        return [name for name in wave if name in self.entries]
 
     def sharded(self, names: Iterable[str]) -> list[str]:
         """Those of ``names`` of whose tensors other ranks hold parts that this one lacks."""
@@ -72,12 +76,10 @@ def order_writes(tensors: Mapping[str, torch.Tensor], binding: Binding) -> Write
         dropped.update({*group} - {first, *later})
     if dropped:
         names = [name for name in names if name not in dropped]
-    read = [name for name in names if name in entries]
-    waves = [read]
+    waves = [names]
     if late:
-        waves = [[name for name in read if name not in late], *([name] for name in read if name in late)]
-    copied = [(tensors[name], values[name]) for name in names if name in values]
-    return Writes(tensors, entries, direct, parts, waves, copied)
+        waves = [[name for name in names if name not in late], *([name] for name in names if name in late)]
+    return Writes(tensors, entries, direct, parts, waves, values)
 
 
 def _still_there(direct: Mapping[str, Segment]) -> Mapping[str, Segment]:

@@ -36,6 +36,22 @@ def test_a_deferred_model_takes_them(lazy, make_net, bits):
     assert bits(model) == bits(make_net(1))
 
 
+@pytest.mark.parametrize("real", [(), ("a",), ("b",), ("a", "c"), ("b", "c")])
+def test_of_values_for_one_memory_the_last_one_counts_whether_lazy_or_real(real, tmp_path, params):
+    def build():
+        base = torch.zeros(8)
+        return params(a=base[:4], b=base[2:6], c=base[4:])
+
+    state = {name: torch.full((4,), float(value)) for value, name in enumerate("abc")}
+    torch.save(state, tmp_path / "w.pt")
+    lazy = lazy_tree(index_checkpoint(tmp_path / "w.pt").weights)
+    model, expected = build(), build()
+    expected.load_state_dict(state)
+    with streaming_load_state_dict():
+        model.load_state_dict({**lazy, **{name: state[name] for name in real}})
+    assert torch.equal(torch.cat([*model.buffers()]), torch.cat([*expected.buffers()]))
+
+
 def test_strict_raises_one_error_that_is_a_runtime_error_too(lazy, make_net, bits):
     lazy["extra"] = lazy.pop("mask")
     model = make_net(2)
