@@ -41,8 +41,10 @@ class ScopedPatch:
         try:
             yield
         finally:
-            self._is_active.reset(token)
-            self._remove()
+            try:
+                self._is_active.reset(token)  # which raises where somebody leaves in another context than it entered
+            finally:
+                self._remove()
 
     def _install(self) -> None:
         with self._lock:

@@ -1,6 +1,7 @@
 """``ScopedPatch``: in place while a context is open, for the code inside it only."""
 
 import asyncio
+import contextvars
 import threading
 
 import pytest
@@ -55,6 +56,14 @@ def test_two_patches_of_one_function_nest(patch):
 def test_exceptions_close_the_context(patch):
     with pytest.raises(ValueError, match="inside"), patch(), patch():
         raise ValueError("inside")
+    assert vars(Owner)["greet"] is ORIGINAL
+
+
+def test_a_context_that_is_left_in_another_one_is_an_error_and_closed(patch):
+    opened = patch()
+    contextvars.copy_context().run(opened.__enter__)
+    with pytest.raises(ValueError, match="different Context"):
+        opened.__exit__(None, None, None)
     assert vars(Owner)["greet"] is ORIGINAL
 
 
