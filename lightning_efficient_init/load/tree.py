@@ -95,11 +95,22 @@ class ReadWhenUsed(dict[str, Any]):
     def __or__(self, other: Any) -> Any:
         return dict(self) | other
 
+    def __ior__(self, other: Any) -> Any:
+        self.update(other)
+        return self
+
     def __repr__(self) -> str:
         return repr(dict(self))
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return OrderedDict, (), None, None, iter(dict(self).items())  # `torch.load` refuses the global `dict`
+
+    def popitem(self) -> tuple[str, Any]:
+        """The last key, as a dict's own method takes it, and its value."""
+        if not self:
+            raise KeyError("popitem(): dictionary is empty")
+        key = next(reversed(self))
+        return key, self.pop(key)
 
     def copy(self) -> dict[str, Any]:
         """A plain dict; reads everything."""
@@ -111,7 +122,7 @@ class ReadWhenUsed(dict[str, Any]):
         return deepcopy(dict(self), memo)
 
 
-for _name in ("get", "pop", "popitem", "setdefault", "items", "values", "__eq__"):
+for _name in ("get", "pop", "setdefault", "update", "items", "values", "__eq__"):
     setattr(ReadWhenUsed, _name, getattr(MutableMapping, _name))  # in terms of `__getitem__`, as dict's are not
 
 

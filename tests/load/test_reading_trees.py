@@ -2,6 +2,7 @@
 
 import copy
 import io
+import operator
 import pickle
 from dataclasses import replace
 
@@ -138,6 +139,22 @@ def test_a_dict_that_reads_when_used_is_used_like_any_other(use, tmp_path, bits)
     assert torch.equal(result["a"], expected["a"])
     assert bits({"b": result["b"][0], "c": result["c"]}) == bits({"b": expected["b"][0], "c": expected["c"]})
     assert result["b"][1] == "text"
+
+
+@pytest.mark.parametrize(
+    "put", [lambda rest, mine: rest.update(mine), lambda rest, mine: rest.update(**mine), operator.ior]
+)
+def test_what_is_put_into_a_dict_that_reads_when_used_is_what_comes_out(put, tmp_path):
+    torch.save({"a": torch.ones(2), "b": torch.ones(3)}, tmp_path / "c.pt")
+    found = index_tree(tmp_path / "c.pt")
+    rest, mine = ReadWhenUsed(found.tree, Seal(found.files)), [torch.zeros(2)]
+    put(rest, {"a": mine})
+    assert type(rest) is ReadWhenUsed
+    assert rest["a"] is mine
+    assert rest.popitem()[0] == "b"
+    assert rest.popitem() == ("a", mine)
+    with pytest.raises(KeyError, match="dictionary is empty"):
+        rest.popitem()
 
 
 def test_a_dict_that_reads_when_used_reads_no_more_than_that(tmp_path, bytes_read):
