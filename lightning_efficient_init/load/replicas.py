@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import threading
 import weakref
 from bisect import bisect_right
 from collections import defaultdict
@@ -40,8 +41,8 @@ _BATCH_BYTES = 8 << 20
 _ROUND_BYTES = 128 << 20  # of all ranks together
 
 _replicated: weakref.WeakKeyDictionary[Module, distributed.ProcessGroup] = weakref.WeakKeyDictionary()
-_node_groups: weakref.WeakKeyDictionary[distributed.ProcessGroup, distributed.ProcessGroup] = (
-    weakref.WeakKeyDictionary()
+_node_groups: weakref.WeakKeyDictionary[distributed.ProcessGroup, distributed.ProcessGroup | None] = (
+    weakref.WeakKeyDictionary()  # None where all ranks are on one node: a group must not keep itself alive here
 )
 
 
@@ -140,10 +141,12 @@ def replicate(module: Module, group: distributed.ProcessGroup) -> None:
 
 @contextmanager
 def replicating(group: distributed.ProcessGroup) -> Iterator[None]:
-    """Note the same of every module that gets a parameter inside."""
+    """Note the same of every module that gets a parameter inside, in the same thread."""
+    thread = threading.get_ident()
 
     def note(module: Module, *_: object) -> None:
-        replicate(module, group)
+        if threading.get_ident() == thread:
+            replicate(module, group)
 
     handle = register_module_parameter_registration_hook(note)
     try:
@@ -271,8 +274,8 @@ def _node_group(group: distributed.ProcessGroup) -> distributed.ProcessGroup:
         members = [rank for rank, node in enumerate(nodes) if node == platform.node()]
         everybody = len(members) == group.size()
         ranks = [distributed.get_global_rank(group, rank) for rank in members]
-        _node_groups[group] = group if everybody else distributed.new_group(ranks, use_local_synchronization=True)
-    return _node_groups[group]
+        _node_groups[group] = None if everybody else distributed.new_group(ranks, use_local_synchronization=True)
+    return _node_groups[group] or group
 
 
 def _device_types(group: distributed.ProcessGroup) -> set[str]:
