@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from lightning_efficient_init.cgroups import GROUPS, MEMBERSHIP, group_folders
+
 
 def available_cores() -> int:
     """Cores that this process may run on, and no more than the CPU time that its cgroup has (Linux)."""
@@ -14,29 +16,15 @@ def available_cores() -> int:
     return max(1, math.ceil(min(cores, cgroup_quota())))
 
 
-def cgroup_quota(groups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float:
+def cgroup_quota(groups: Path = GROUPS, membership: Path = MEMBERSHIP) -> float:
     """CPU time per second that the process's cgroup, or one above it, has; infinite where nothing limits it.
 
     Args:
         groups: Where the hierarchy is mounted, version 1 or 2.
         membership: The file that says which groups the process is in.
     """
-    return min((quota for folder in _folders(groups, membership) for quota in _quotas(folder)), default=math.inf)
-
-
-def _folders(groups: Path, membership: Path) -> Iterator[Path]:
-    """The process's groups up to the root; in a container the root is often all there is to see."""
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        lines = []
-    for root, controllers in ((groups, ""), (groups / "cpu", "cpu")):
-        yield root
-        for line in lines:
-            _, names, path = line.split(":", 2)
-            if controllers in names.split(","):
-                group = root / path.lstrip("/")
-                yield from (group, *(parent for parent in group.parents if root in parent.parents))
+    folders = group_folders("cpu", groups, membership)
+    return min((quota for folder in folders for quota in _quotas(folder)), default=math.inf)
 
 
 def _quotas(folder: Path) -> Iterator[float]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+
+from lightning_efficient_init.cgroups import GROUPS, MEMBERSHIP, group_folders
 
 SAMPLE_S = 0.005
 
@@ -38,11 +40,11 @@ def resident_bytes() -> tuple[int, int]:
 
 
 def available_bytes() -> int:
-    """Memory of the host that new allocations can have, from ``/proc/meminfo`` and the cgroup's limit (Linux).
+    """Memory of the host that new allocations can have, from ``/proc/meminfo`` and the cgroups' limits (Linux).
 
     Elsewhere a number larger than any memory.
     """
-    return min(_available_in_system(), _available_in_cgroup())
+    return min(_available_in_system(), cgroup_bytes())
 
 
 def _available_in_system() -> int:
@@ -53,15 +55,31 @@ def _available_in_system() -> int:
         return sys.maxsize
 
 
-def _available_in_cgroup() -> int:
-    """What version 2 of cgroups leaves; pages of files that were read count as used there, but can be dropped."""
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return sys.maxsize
-    return sys.maxsize if limit == "max" else max(0, int(limit) - used + int(stat.get("inactive_file", 0)))
+def cgroup_bytes(groups: Path = GROUPS, membership: Path = MEMBERSHIP) -> int:
+    """What the process's cgroup, and each above it, leaves; a number larger than any memory where nothing limits it.
+
+    Pages of files that were read count as used there, but can be dropped.
+
+    Args:
+        groups: Where the hierarchy is mounted, version 1 or 2.
+        membership: The file that says which groups the process is in.
+    """
+    folders = group_folders("memory", groups, membership)
+    return min((left for folder in folders for left in _bytes_left(folder)), default=sys.maxsize)
+
+
+def _bytes_left(folder: Path) -> Iterator[int]:
+    """The versions have other names for the same; "max" is no limit."""
+    for limit, used, droppable in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            left = int((folder / limit).read_text()) - int((folder / used).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            yield max(0, left + int(stat.get(droppable, 0)))
+        except (OSError, ValueError):
+            continue
 
 
 class PeakMemory:

@@ -2,13 +2,14 @@
 
 import ctypes
 import mmap
+import sys
 import threading
 import time
 
 import pytest
 import torch
 
-from lightning_efficient_init.memory import PeakMemory, anonymous_bytes
+from lightning_efficient_init.memory import PeakMemory, anonymous_bytes, cgroup_bytes
 
 MIB = 1 << 20
 
@@ -60,6 +61,37 @@ def test_a_watch_ends_with_its_context_also_after_an_exception():
     with pytest.raises(ValueError, match="inside"), PeakMemory(in_background=True):
         raise ValueError("inside")
     assert threading.active_count() == before
+
+
+def _group(folder, names, *values):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in zip(names, values, strict=True):
+        (folder / name).write_text(f"{value}\n")
+
+
+V1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat"
+V2 = "memory.max", "memory.current", "memory.stat"
+
+
+def test_the_group_that_leaves_least_of_all_above_counts(tmp_path):
+    groups, membership = tmp_path / "groups", tmp_path / "cgroup"
+    membership.write_text("0::/a/b\n")
+    assert cgroup_bytes(groups, membership) == sys.maxsize
+    _group(groups, V2, "max", 900, "inactive_file 30")
+    assert cgroup_bytes(groups, membership) == sys.maxsize
+    _group(groups / "a" / "b", V2, 1000, 500, "anon 7\ninactive_file 30")
+    assert cgroup_bytes(groups, membership) == 530
+    _group(groups / "a", V2, 600, 500, "inactive_file 20")
+    assert cgroup_bytes(groups, membership) == 120
+    _group(groups / "a", V2, 600, 700, "inactive_file 20")
+    assert cgroup_bytes(groups, membership) == 0
+
+
+def test_version_1_has_its_own_files(tmp_path):
+    (tmp_path / "cgroup").write_text("4:memory:/x\n3:cpu:/y\n")
+    _group(tmp_path / "memory" / "x", V1, 1000, 400, "inactive_file 1\ntotal_inactive_file 50")
+    _group(tmp_path / "memory" / "y", V1, 10, 4, "")
+    assert cgroup_bytes(tmp_path, tmp_path / "cgroup") == 650
 
 
 @pytest.mark.gpu
