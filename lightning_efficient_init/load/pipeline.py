@@ -49,6 +49,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -424,9 +425,20 @@ class _CudaLane(_StagedLane):
         # where the system forbids it (a small limit of locked memory), copies are slower, not wrong
         if int(torch.cuda.cudart().cudaHostRegister(slot.address, slot.num_bytes, 0)) == 0:
             self._pinned.add(slot)
+        else:
+            _clear_error(self._device)
 
     def _release(self, slot: _Slot) -> None:
         self._events[slot].record(self._stream)
+
+
+def _clear_error(device: torch.device) -> None:
+    """Let a kernel that nobody needs take the blame for CUDA's last error in this thread, which goes with that.
+
+    torch's binding of ``cudaHostRegister`` returns an error and leaves it there, for whatever kernel comes next.
+    """
+    with suppress(RuntimeError):
+        torch.ones(1, device=device)
 
 
 def _copy(raw: torch.Tensor, segment: Segment, *, non_blocking: bool) -> None:

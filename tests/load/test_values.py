@@ -343,3 +343,12 @@ def test_large_values_are_the_same_by_the_drivers_copy_and_by_torchs(is_direct, 
     model = nn.ModuleList(nn.Linear(3001, 1999, dtype=layer.weight.dtype, device="cuda") for layer in layers)
     load_checkpoint(model, tmp_path / "a.pth", host_buffer_bytes=8 << 20)
     assert all(torch.equal(value.cpu(), expected[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.gpu
+def test_memory_that_cannot_be_pinned_is_no_error_of_the_kernel_that_comes_next():
+    slots = pipeline._Ring(pipeline.SLOTS_PER_THREAD, 1 << 20).slots(0)
+    with pipeline._CudaLane(torch.cuda.current_stream(), slots) as lane:
+        lane._pin(slots[0])
+        lane._pin(slots[0])  # which CUDA refuses, as it is pinned already
+        assert torch.ones(1, device="cuda") == 1
