@@ -115,9 +115,9 @@ class Writing(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         with torch.no_grad():
             torch._foreach_copy_([self.weight], [state_dict[f"{prefix}weight"]])
-            torch.mul(state_dict[f"{prefix}bias"], 2, out=self.bias)
+            torch.mul(state_dict[f"{prefix}bias"].to(self.bias.device), 2, out=self.bias)
             torch.relu_(input=self.scale.copy_(other=state_dict[f"{prefix}scale"]))
-            torch.norm(state_dict[f"{prefix}weight"], out=self.norm)
+            torch.norm(state_dict[f"{prefix}weight"].to(self.norm.device), out=self.norm)
             self.steps += 1
 
 
