@@ -283,7 +283,7 @@ class _Kept:
 
     def __init__(self, module: Module) -> None:
         self.has_changed = False
-        self._before = [(container, container.copy()) for m in module.modules() for container in _containers(m)]
+        self._before = [(found, _plain(found)) for m in module.modules() for found in _containers(m)]
 
     def __enter__(self) -> None:
         pass
@@ -300,6 +300,11 @@ def _containers(module: Module) -> Iterator[Any]:
     """The module's attributes, and those of them that hold others: hooks, parameters, lists of the user's own."""
     yield vars(module)
     yield from (value for value in vars(module).values() if isinstance(value, dict | list | set))
+
+
+def _plain(container: Any) -> Any:
+    """What a container holds, in one of Python's own: others (DeepSpeed's) may not know how to copy themselves."""
+    return next(kind(container) for kind in (dict, list, set) if isinstance(container, kind))
 
 
 def _are_same(container: Any, other: Any) -> bool:

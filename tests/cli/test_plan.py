@@ -156,10 +156,14 @@ def test_an_interrupt_from_the_keyboard_ends_it_without_a_traceback(tmp_path):
     (tmp_path / "slow.py").write_text("import time\ndef make():\n  print('here', flush=True)\n  time.sleep(60)")
     command = [sys.executable, "-W", "ignore", "-m", "lightning_efficient_init", "plan", "--model", "slow:make"]
     environment = {**os.environ, "PYTHONPATH": f"{os.getcwd()}:{tmp_path}"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
-        assert process.stderr.readline() == b"here\n"
-        process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=60) == (b"", b"")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
+            assert process.stderr.readline() == b"here\n"
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=60) == (b"", b"")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert process.returncode == 130
 
 
