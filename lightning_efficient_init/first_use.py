@@ -19,7 +19,7 @@ def look_at_setup(module: Module) -> None:
     if trainer is None or trainer.strategy.restore_checkpoint_after_setup:
         return
     for part in module.modules():
-        if (load := getattr(part, "load_pretrained", None)) is not None:  # of `ConfigureModelMixin`
+        if (load := getattr(part, "_load_awaited_weights", None)) is not None:  # of `ConfigureModelMixin`
             load()
     if not is_deferred(module):  # else it is built where it is moved to, with its values
         watch(module)

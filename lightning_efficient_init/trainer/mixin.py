@@ -79,7 +79,7 @@ class ConfigureModelMixin:
         """Build the model; this is yours to override. Where a class further up does it, that one counts."""
         _once(_call_next)(self)
 
-    def load_pretrained(self) -> None:
+    def _load_awaited_weights(self) -> None:
         """Load ``pretrained`` now, if that is yet to be done and ``ckpt_path`` has not brought other weights."""
         module: Any = self
         if not module._awaits_pretrained:
@@ -151,7 +151,7 @@ def _with_weights(configure: Callable[[Any], Any]) -> Callable[[Any], Any]:
     @functools.wraps(configure)
     def configure_optimizers(self: Any) -> Any:
         if self._trainer is not None and _is_whole(self.trainer.strategy):
-            self.load_pretrained()
+            self._load_awaited_weights()
         return configure(self)
 
     return configure_optimizers
@@ -191,7 +191,7 @@ class _LoadsPretrained(pl.Callback):
 
     def _load(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self._module is not None:
-            self._module.load_pretrained()
+            self._module._load_awaited_weights()
         self._module = None
 
     on_sanity_check_start = on_train_start = on_validation_start = on_test_start = on_predict_start = _load

@@ -307,6 +307,18 @@ def test_parameters_have_values_before_anybody_uses_them_without_calling_the_mod
     assert metrics == expected_metrics
 
 
+class Backbone(torch.nn.Linear):
+    def load_pretrained(self, path):
+        raise AssertionError(path)
+
+
+@pytest.mark.filterwarnings("ignore:.*is an instance of `nn.Module`")
+def test_a_module_may_have_a_method_of_its_own_that_loads_pretrained_weights():
+    model = Wraps(Backbone(8, 2))
+    trainer = quiet_trainer(strategy="efficient_init", plugins=[EfficientInit()])
+    trainer.fit(model, loader())
+
+
 def test_what_nobody_loads_is_initialized_before_it_is_saved(tmp_path):
     trainer = quiet_trainer(strategy="efficient_init")
     with torch.random.fork_rng():
