@@ -14,13 +14,16 @@ from lightning_efficient_init.deferred import is_deferred, look, watch
 
 
 def look_at_setup(module: Module) -> None:
-    """Initialize what nobody has written, in a module that a Trainer sets up; pretrained weights are loaded before."""
+    """Watch a module that is set up. One that has its weights, as a Trainer is setting it up, is looked at right away.
+
+    Pretrained weights of `ConfigureModelMixin` are loaded before.
+    """
     trainer = getattr(module, "_trainer", None)
-    if trainer is None or trainer.strategy.restore_checkpoint_after_setup:
-        return
-    for part in module.modules():
-        if (load := getattr(part, "_load_awaited_weights", None)) is not None:  # of `ConfigureModelMixin`
-            load()
-    if not is_deferred(module):  # else it is built where it is moved to, with its values
-        watch(module)
+    is_restored = trainer is not None and not trainer.strategy.restore_checkpoint_after_setup
+    if is_restored:
+        for part in module.modules():
+            if (load := getattr(part, "_load_awaited_weights", None)) is not None:
+                load()
+    watch(module)
+    if is_restored and not is_deferred(module):  # what is deferred gets its values where it is moved to
         look(module)

@@ -16,7 +16,6 @@ from lightning.pytorch.plugins import precision as trainer_precision
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from lightning_efficient_init.deferred import watch
 from lightning_efficient_init.first_use import look_at_setup
 from lightning_efficient_init.init_context import init_context, is_building_modules, is_empty_requested
 from lightning_efficient_init.quantize import QuantizeMode, Quantizer
@@ -122,7 +121,6 @@ class EfficientInit(trainer_precision.Precision):
             cast_module(module, dtype)
         if self._quantizer is not None:
             self._quantizer.convert(module)
-        watch(module)
         look_at_setup(module)
         return module
 

@@ -21,10 +21,7 @@ from lightning_efficient_init.checkpoint.format import CheckpointTree
 from lightning_efficient_init.checkpoint.torch_zip import TorchZip, read_archive
 from lightning_efficient_init.checkpoint.unpickle import MAX_PICKLE_BYTES, SafeUnpickler
 from lightning_efficient_init.checkpoint.wording import DOWNLOAD_AGAIN, explain, shorten, show
-from lightning_efficient_init.errors import (
-    CorruptCheckpointError,
-    UnsupportedCheckpointError,
-)
+from lightning_efficient_init.errors import CorruptCheckpointError, UnsupportedCheckpointError
 
 _METADATA: Final = ".metadata"
 _LIGHTNING_METADATA: Final = "meta.pt"
@@ -262,14 +259,7 @@ def _read_metadata(path: str) -> Any:
     return SafeUnpickler(data, 0, _no_storage, path, _STAND_INS).load_whole()
 
 
-class _Frozen(type):
-    """Classes that nobody can change."""
-
-    def __setattr__(cls, name: str, value: Any) -> None:
-        raise TypeError("a pickle that changes classes")
-
-
-class _StandIn(metaclass=_Frozen):
+class _StandIn:
     """Holds what a pickle says of an object."""
 
     def __init__(self, *args: Any) -> None:

@@ -2,8 +2,7 @@
 
 They stand at the start, at the end and between, in the order of the elements, whatever their strides. Copies, casts to
 another floating-point dtype, moves to another device and other memory formats keep them, so memory tells by itself
-whether it is empty. Writing and looking cost one batched operation for all
-tensors of a device and dtype.
+whether it is empty. Writing and looking cost one batched operation for all contiguous tensors of a device and dtype.
 """
 
 from __future__ import annotations
