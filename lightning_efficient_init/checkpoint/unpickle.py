@@ -57,9 +57,8 @@ MAX_PICKLE_BYTES: Final = 1 << 29
 _MAX_INSTRUCTIONS: Final = 1 << 25  # a tensor takes about 30
 _MAX_NOT_COUNTED: Final = 1 << 23  # of which a tensor puts two or three into the memo
 _MAX_KEY_PARTS: Final = 64
-_MAX_COPIES: Final = (
-    8  # of all that a pickle holds; what is called to spell bytes or to fill a container copies it once
-)
+# What is called to spell bytes, or to fill a container, copies a part of what a pickle holds, mostly once.
+_MAX_COPIES: Final = 8  # of all of it
 _COPIED_ANYHOW: Final = 1 << 20
 _TENSORS: Final = (StoredTensor, Entry)
 _BLOCKED_MODULES: Final = frozenset({"sys", "os", "posix", "nt"})
